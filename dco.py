@@ -1,0 +1,215 @@
+"""Direct Consistency Optimization: its equations, and log pi(y|x), where the model is called.
+
+Covers sections 3 and 4 and Apps. B, D and E of "Optimizing Language Models for Crosslingual
+Knowledge Consistency" (the anonymous manuscript, close to arXiv:2603.04678v1; all numbers are its
+numbers). Leaves out where questions come from (data.py), how a model is judged (rankc.py) and the
+loop that trains it (train.py).
+
+Axes: B questions, L languages, K candidate answers; candidate k is the same answer in every
+language. A log-probability is in nats and *summed* over the answer's tokens, for pi(y|x) is the
+product of theirs.
+"""
+import heapq
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------ the method
+
+
+def align_reward(ref_logps: Tensor, gamma: Tensor) -> Tensor:
+    """r_ALIGN, Eqs. 6 and 15: what the other languages' reference thinks of each answer.
+
+    ref_logps: (..., L, K) nats; -inf in any language marks a candidate as missing, and it stays
+    -inf. gamma: (L, L) with gamma_ii = 0, how much language j's reference counts in language i's
+    reward. Returns (..., L, K). Raises ValueError if gamma has another shape or a diagonal that is
+    not zero.
+    """
+    languages = ref_logps.shape[-2]
+    if gamma.shape != (languages, languages):
+        raise ValueError(f"gamma is {tuple(gamma.shape)}, but ref_logps has {languages} languages")
+    if gamma.diagonal().any():
+        raise ValueError("gamma_ii must be 0: a language is no expert in its own reward (App. E)")
+    missing = torch.isneginf(ref_logps).any(-2, keepdim=True)  # (..., 1, K); 0 * -inf would be NaN
+    reward = gamma.to(ref_logps) @ ref_logps.masked_fill(missing, 0.0)  # Eq. 15
+    return reward.masked_fill(missing, -torch.inf)
+
+
+def optimal_policy(ref_logps: Tensor, gamma: Tensor, beta: float) -> Tensor:
+    """log pi*, Eqs. 8 to 10 and 16: the product of experts, normalised over the candidates.
+
+    ref_logps: (..., L, K) nats, gamma: (L, L) -> (..., L, K) nats. Errors as align_reward.
+    """
+    return F.log_softmax(ref_logps + align_reward(ref_logps, gamma) / beta, dim=-1)  # Eqs. 8, 10
+
+
+def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """r-hat, Eq. 3 without the beta log Z that is the same for every answer; any shape."""
+    return beta * (logps - ref_logps)
+
+
+def dco_loss(logps: Tensor, ref_logps: Tensor, r_align: Tensor, beta: float) -> Tensor:
+    """Eq. 11, one language's term: |margin of r-hat - margin of r_ALIGN|, mean over pairs.
+
+    All arguments (..., K) with K >= 2, in nats -> (...,). Candidates whose r_align is -inf are
+    missing and in no pair. Zero iff r-hat equals r_ALIGN up to a constant (Lemma 2). Raises
+    ValueError if K < 2.
+    """
+    if logps.shape[-1] < 2:
+        raise ValueError("Eq. 11 compares answers: it needs two or more")
+    present = ~torch.isneginf(r_align)  # (..., K)
+    residual = implicit_reward(logps, ref_logps, beta) - r_align  # (..., K)
+    residual = residual.masked_fill(~present, 0.0)
+    w, l = torch.triu_indices(*[logps.shape[-1]] * 2, offset=1, device=logps.device)  # noqa: E741
+    gap = (residual[..., w] - residual[..., l]).abs()  # Eq. 11; log Z (Eq. 3), c(x) (Eq. 12) cancel
+    pairs = present[..., w] & present[..., l]  # (..., K (K - 1) / 2)
+    return (gap * pairs).sum(-1) / pairs.sum(-1)
+
+
+def bradley_terry_loss(rewards: Tensor) -> Tensor:
+    """Eqs. 13, 14: -log sigmoid(r(x, y_w) - r(x, y_l)); (..., 2), preferred first -> (...,)."""
+    return -F.logsigmoid(rewards[..., 0] - rewards[..., 1])
+
+
+def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """Eq. 4: Bradley-Terry on implicit rewards; (..., 2) both, preferred answer first -> (...,)."""
+    return bradley_terry_loss(implicit_reward(logps, ref_logps, beta))
+
+
+def sft_loss(logps: Tensor) -> Tensor:
+    """L^ML of section 3: the negative log-likelihood of the gold answer; any shape."""
+    return -logps
+
+
+def is_consistent(gamma: Tensor, beta: float) -> bool:
+    """Lemma 3 (Lemma 1 where L = 2): whether Gamma has rank one, and pi* ranks alike.
+
+    gamma: (L, L), off-diagonal entries positive (the paper's gamma in R+): a rank-one Gamma with
+    negative entries turns rankings round, so those give False. Entries may be off by a part in
+    100,000.
+    """
+    Gamma = gamma.double() / beta + torch.eye(len(gamma), dtype=torch.double)  # Eq. 17
+    rank_one = Gamma[:, :1] * Gamma[:1, :]  # rank one with Gamma_ii = 1: Gamma_i1 Gamma_1j
+    return bool((Gamma > 0).all()) and torch.allclose(Gamma, rank_one, rtol=1e-5, atol=0.0)
+
+
+def gamma_from_trust(trust: Tensor, beta: float) -> Tensor:
+    """The rank-one Gamma of Lemma 3 in its N free numbers: gamma_ij = beta w_j / w_i.
+
+    A unit diagonal leaves Gamma_ij = w_j / w_i, so pi*_i is proportional to exp((1/w_i) sum_j w_j
+    log pi_REF,j): one consensus weighted by trust, each language at its own temperature. trust:
+    (L,) positive -> (L, L). Raises ValueError for a trust that is not positive and finite.
+    """
+    if not (torch.isfinite(trust) & (trust > 0)).all():
+        raise ValueError(f"trust must be positive and finite, not {trust.tolist()}")
+    return beta * (trust / trust[:, None]).fill_diagonal_(0.0)
+
+
+# ------------------------------------------------------------------------------------ log pi(y|x)
+
+
+def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = True) -> Tensor:
+    """log pi(y|x) of every answer of every tree, for training, reference and evaluation alike.
+
+    trees: (prefix, branches, lead) as data.Tree has them: token ids that all answers share, each
+    answer's own token ids, and how many of those at a branch's start still belong to the prompt and
+    so score nothing. Returns float32 (len(trees), K), nats; a tree with fewer than K answers ends
+    in -inf.
+
+    One row holds whole trees. A token's position is its depth in its tree, and it attends to its
+    ancestors alone. An answer's last token is never fed: nothing needs its prediction.
+    `packed=False` feeds each answer with its prompt as a row of its own, for models that cannot
+    take such a mask (see `packs_exactly`).
+    """
+    config = getattr(model, "module", model).config.get_text_config()
+    weight = next(model.parameters())
+    K = max(len(tree.branches) for tree in trees)
+    units = [(tree, list(enumerate(tree.branches, t * K))) for t, tree in enumerate(trees)]
+    if not packed:
+        units = [(tree, [answer]) for tree, answers in units for answer in answers]
+
+    fed, scored, sizes = [], [], []
+    for u, (tree, answers) in enumerate(units):
+        root = len(fed)
+        fed += [(token, depth, u, -1) for depth, token in enumerate(tree.prefix)]
+        for slot, branch in answers:  # slot: where this answer's log-prob goes in the flat result
+            parents = [root + len(tree.prefix) - 1, *range(len(fed), len(fed) + len(branch) - 1)]
+            own = enumerate(branch[:-1], len(tree.prefix))
+            fed += [(token, depth, u, slot) for depth, token in own]
+            scored += [(parent, token, slot) for parent, token in zip(parents, branch)][tree.lead:]
+        sizes.append(len(fed) - root)
+    token, depth, unit, owner = torch.tensor(fed).T  # (N,) each; owner -1: shared by all answers
+    parent, target, slot = torch.tensor(scored).T  # (S,) each; `parent` predicts `target`
+
+    # A model computes logits for the same columns of every row. Under an explicit mask the order
+    # within a row is free, so the tokens that predict something come first.
+    rows = spread(sizes, config.hidden_size) if packed else list(range(len(units)))
+    row, later = torch.tensor(rows)[unit], torch.ones_like(unit)
+    later[parent] = 0
+    order = (2 * row + later * packed).argsort(stable=True)
+    length = row.bincount()  # tokens in each row
+    column = torch.empty_like(row)
+    column[order] = torch.arange(len(row)) - (length.cumsum(0) - length).repeat_interleave(length)
+
+    def grid(values, fill):  # (N,) -> (rows, columns) on the model's device
+        out = torch.full((len(length), int(length.max())), fill)
+        out[row, column] = values
+        return out.to(weight.device)
+
+    unit, owner, depth = grid(unit, -1), grid(owner, -1), grid(depth, 0)
+    if packed:
+        same = owner[:, :, None] == owner[:, None, :]  # (rows, columns, columns): query, key
+        sees = (unit[:, :, None] == unit[:, None, :]) & (same | (owner[:, None, :] == -1))
+        sees &= depth[:, None, :] <= depth[:, :, None]
+        mask = torch.zeros(sees.shape, dtype=weight.dtype, device=weight.device)  # a bool one fails
+        mask = mask.masked_fill_(~sees, torch.finfo(weight.dtype).min)[:, None]  # under `eager`
+    else:
+        mask = (unit >= 0).long()
+
+    keep, where = column[parent].unique(return_inverse=True)
+    logits = model(input_ids=grid(token, 0), attention_mask=mask, position_ids=depth,
+                   logits_to_keep=keep.to(weight.device), use_cache=False).logits  # (rows, kept, V)
+    row, where, target, slot = (x.to(weight.device) for x in (row[parent], where, target, slot))
+    logps = logits[row, where, target].float() - logits.float().logsumexp(-1)[row, where]  # (S,)
+    total = logps.new_zeros(len(trees) * K).index_add(0, slot, logps)
+    missing = torch.ones_like(total, dtype=torch.bool).index_fill_(0, slot, False)
+    return total.masked_fill(missing, -torch.inf).view(len(trees), K)
+
+
+def spread(sizes: Sequence[int], hidden_size: int) -> list[int]:
+    """The row of each tree, such that all cost least: a token W in attention, 6 d in the rest.
+
+    One long row has no padding but multiplies every token with every other; many rows pad. For each
+    number of rows, trees go from the longest to the emptiest row. (24 d^2 flops in a layer's
+    matrices, 4 d W in attention.)
+    """
+    longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    best, cheapest = [], float("inf")
+    for R in range(1, len(sizes) + 1):
+        heap, rows = [(0, r) for r in range(R)], [0] * len(sizes)
+        for i in longest_first:
+            filled, rows[i] = heap[0]
+            heapq.heapreplace(heap, (filled + sizes[i], rows[i]))
+        width = max(heap)[0]
+        cost = R * width * (6 * hidden_size + width)
+        if cost < cheapest:
+            best, cheapest = rows, cost
+        if width == sizes[longest_first[0]]:  # more rows would only pad more
+            break
+    return best
+
+
+@torch.no_grad()
+def packs_exactly(model: torch.nn.Module, trees: Sequence) -> bool:
+    """Whether packed trees score as separate rows do; false where the model refuses the mask."""
+    try:
+        packed = completion_logps(model, trees)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError):  # what models raise on a four-dimensional mask
+        return False
+    apart = completion_logps(model, trees, packed=False)
+    rounding = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    return torch.allclose(packed, apart, rtol=rounding, atol=rounding)
