@@ -1,0 +1,475 @@
+"""How a model is judged: RankC, CLC, accuracy, changed answers, entropy; `python rankc.py` does it.
+
+Covers the measures of sections 5, 6.4 and 6.5 and App. I, and the forecast that Eq. 10 allows
+before a step is taken. Leaves out training (train.py). A score table is (L, Q, K): languages,
+questions, candidates; a question with fewer than K has -inf in the places left, in every language.
+"""
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import data
+import dco
+
+# -------------------------------------------------------------------------------- the measures
+
+
+def rankc(scores_a: Tensor, scores_b: Tensor) -> Tensor:
+    """consist(x1, x2) of App. I for each question: (Q, K), (Q, K) -> (Q,) float64 in [0, 1].
+
+    Candidate k of one language is candidate k of the other; missing ones are -inf in both. Ties are
+    broken by candidate number in both. Raises ValueError on NaN, on a candidate missing in one
+    language only, and on a question without any.
+    """
+    return _consist(torch.stack([scores_a, scores_b]))(0, 1)
+
+
+def clc(scores: Tensor) -> Tensor:
+    """RankC (App. I), the mean over questions, of each language pair: (L, Q, K) -> (L, L)."""
+    L, consist = len(scores), _consist(scores)
+    matrix = torch.eye(L, dtype=torch.double)
+    for a in range(L):
+        for b in range(a):
+            matrix[a, b] = matrix[b, a] = consist(a, b).mean()
+    return matrix
+
+
+def _consist(scores: Tensor) -> Callable[[int, int], Tensor]:
+    """A function of two languages' indices giving their consist (Q,); sorts each language once.
+
+    Both top-j hold those candidates whose worse rank m is below j. So sum_j w_j P@j, summed over
+    candidates c instead of over j, is sum_c sum_{j > m_c} w_j / j: one look-up a candidate.
+    """
+    missing = torch.isneginf(scores)
+    if scores.isnan().any() or (missing != missing[:1]).any():
+        raise ValueError("scores hold NaN, or a candidate missing (-inf) in one language only")
+    N = (~missing[0]).sum(-1)  # (Q,) candidates of each question
+    if (N == 0).any():
+        raise ValueError("a question without candidates has no ranking")
+    ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # (L, Q, K), 0 is best
+    w, j = _weights(scores.shape[-1])
+    tail = (w / j).flip(-1).cumsum(-1).flip(-1)  # (K + 1, K): at [N, m], sum_{j > m} w_j / j
+    return lambda a, b: tail[N[:, None], torch.maximum(ranks[a], ranks[b])].sum(-1)
+
+
+def _weights(K: int) -> tuple[Tensor, Tensor]:
+    """w_j of App. I for N = 0..K candidates (row 0 is unused), (K + 1, K), and j = 1..K, (K,)."""
+    j = torch.arange(1, K + 1, dtype=torch.double)
+    exponent = torch.where(j <= torch.arange(K + 1)[:, None], -j, -torch.inf)  # exp(N) cancels
+    return exponent.softmax(-1), j
+
+
+def chance(N: int) -> float:
+    """RankC of unrelated rankings of N candidates: two top-j share j^2 / N, so P@j is j / N."""
+    w, j = _weights(N)
+    return float((w[N] * j).sum() / N)
+
+
+def accuracy(scores: Tensor, gold: Tensor) -> Tensor:
+    """Share of questions whose best candidate is the gold one: (L, Q, K), (Q,) -> (L,).
+
+    A tie for the best counts by its share, so that no candidate's position pays.
+    """
+    best = scores == scores.amax(-1, keepdim=True)
+    right = best.gather(-1, gold.expand(len(scores), -1)[..., None])[..., 0]
+    return (right / best.sum(-1).double()).mean(-1)
+
+
+def entropy(scores: Tensor) -> Tensor:
+    """Entropy, nats, of the distribution over the candidates (section 6.5): (..., K) -> (...,)."""
+    logp = scores.double().log_softmax(-1)
+    return -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
+
+
+def forecast(scores: Tensor, gamma: Tensor, beta: float) -> Tensor:
+    """log pi* of Eq. 10 from the base's scores (L, Q, K): what DCO can reach, before a step."""
+    return dco.optimal_policy(scores.double().transpose(0, 1), gamma, beta).transpose(0, 1)
+
+
+def measure(scores: Tensor, base: Tensor, gold: list[int | None], langs: list[str]) -> dict:
+    """Every measure of a score table (L, Q, K), as JSON; `base` is the table before training."""
+    best, matrix = scores.argmax(-1), clc(scores)  # (L, Q), (L, L)
+    a, b = torch.triu_indices(len(langs), len(langs), 1)
+    known = torch.tensor([g is not None for g in gold])
+    answer = torch.tensor([g for g in gold if g is not None], dtype=torch.long)
+    right, nats = best[:, known] == answer, entropy(scores[:, known])
+    shares = accuracy(scores[:, known], answer).tolist() if len(answer) else [None] * len(langs)
+    return {
+        "clc": _mean(matrix[a, b]),
+        "clc_matrix": matrix.tolist(),
+        "top1_agreement": _mean(best[a] == best[b]),
+        "accuracy": dict(zip(langs, shares, strict=True)),
+        "entropy": {"right": _mean(nats[right]), "wrong": _mean(nats[~right])},
+        "changed": dict(zip(langs, map(_mean, best != base.argmax(-1)), strict=True)),
+    }
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.double().mean()) if values.numel() else None
+
+
+# -------------------------------------------------------------------------------- the report
+
+Splits = dict[str, list[data.Question]]  # "train" and "test"
+Tables = dict[str, dict[str, Tensor]]  # "base", "optimum", "trained"; of each split, (L, Q, K)
+
+
+def guessing(questions: list[data.Question]) -> tuple[float, float]:
+    """CLC and accuracy of rankings drawn at random."""
+    sizes = [len(next(iter(question.answers.values()))) for question in questions]
+    return tuple(sum(map(f, sizes)) / len(sizes) for f in (chance, lambda K: 1 / K))
+
+
+def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict) -> str:
+    """Measure what `metrics` does not hold yet of the tables, and write it all in per cent."""
+    texts = []
+    for split, questions in splits.items():
+        rows = metrics.setdefault(split, {"questions": len(questions)})
+        for name, table in tables.items():
+            if name not in rows:
+                gold = [question.gold for question in questions]
+                rows[name] = measure(table[split], tables["base"][split], gold, langs)
+        by_luck, guess = (f"{100 * share:.1f}" for share in guessing(questions))
+        moved = [f"Δ {lang}" for lang in langs]
+        lines = [["", "CLC", "top-1", *langs, *moved, "H right", "H wrong"],
+                 ["chance", by_luck, *[guess] * (1 + len(langs)), *[""] * (len(langs) + 2)]]
+        for name in tables:
+            row = rows[name]
+            shares = [row["clc"], row["top1_agreement"], *row["accuracy"].values()]
+            shares += row["changed"].values() if name != "base" else [""] * len(langs)
+            cells = [100 * x if isinstance(x, float) else x for x in shares]
+            lines.append([name, *(f"{x:.1f}" if isinstance(x, float) else x or "" for x in cells),
+                          *("" if x is None else f"{x:.2f}" for x in row["entropy"].values())])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        texts.append(f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
+                     "accuracy, answers changed (Δ), per cent; entropy H, nats")
+        for first, *cells in lines:
+            cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            texts.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(texts)
+
+
+def write_answers(path: Path, splits: Splits, tables: Tables, langs: list[str]) -> None:
+    """A line a question with the nats of each candidate: anything can be computed again."""
+    with open(path, "w", encoding="utf-8") as file:
+        for split, questions in splits.items():
+            for q, question in enumerate(questions):
+                K = len(question.answers[langs[0]])
+                nats = {name: dict(zip(langs, table[split][:, q, :K].tolist(), strict=True))
+                        for name, table in tables.items()}
+                line = {"id": question.id, "subject": question.subject, "gold": question.gold,
+                        "split": split, **nats}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def draw_clc(path: Path, before: dict, after: dict, langs: list[str]) -> bool:
+    """The CLC matrix and its change, as in Figures 4 to 8; False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    old, new = (100 * torch.tensor(row["clc_matrix"]) for row in (before, after))
+    reach = max(1.0, (new - old).abs().max().item())
+    old.fill_diagonal_(math.nan)
+    side = max(3.2, 0.5 * len(langs) + 1)
+    figure = Figure(figsize=(2 * side + 1, side + 0.4), layout="constrained")
+    panels = [("CLC before, per cent", old, "{:.1f}", {"cmap": "viridis", "vmin": 0, "vmax": 100}),
+              ("change", new - old, "{:+.1f}", {"cmap": "RdBu", "vmin": -reach, "vmax": reach})]
+    for axes, (title, values, form, look) in zip(figure.subplots(1, 2), panels, strict=True):
+        image = axes.imshow(values, **look)
+        axes.set(title=title)
+        axes.set_xticks(range(len(langs)), langs)
+        axes.set_yticks(range(len(langs)), langs)
+        for a, b in (~torch.eye(len(langs), dtype=torch.bool)).nonzero().tolist():
+            red, green, blue, _ = image.cmap(image.norm(float(values[a, b])))
+            ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+            axes.text(b, a, form.format(values[a, b]), color=ink, fontsize=8,
+                      ha="center", va="center")
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+def option(default, text: str, **more):
+    """A field of the configuration whose help is `text`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **more})
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Judge a model: CLC, accuracy, entropy, and the forecast of what DCO can make of it."""
+
+    model: str = option("", "folder or hub name of a causal language model")
+    data: str = option("atlas", "atlas, bmlama:DIR or jsonl:FILE")
+    langs: list[str] = option(["en", "fr", "es", "sw"], "languages")
+    out: str = option("", "folder for what is written; must be new or empty")
+    beta: float = option(1.0, "strength of the KL term (Eq. 1)")
+    trust: list[str] = option([], "LANG=WEIGHT for each language that is not to have 1; positive. "
+                              "A language trusted more moves less")
+    gamma: list[str] = option([], "instead of trust: gamma_1 gamma_2 (Eq. 6) for two languages, or "
+                              "a JSON matrix of gamma_ij (Eq. 15)")
+    train_questions: int | None = option(0, "questions in the training split, reported apart")
+    test_questions: int | None = option(None, "held-out questions (default: all others)")
+    split_seed: int = option(0, "seed of the split")
+    max_tokens: int = option(2048, "tokens fed at once; lower it where memory runs out")
+    dtype: str = option("float32", "of the weights. float32 computes in bfloat16 autocast on CUDA; "
+                        "bfloat16 halves the memory, but rounds most small updates away",
+                        choices=["float32", "bfloat16"])
+    device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    score: str = option("sum", "rank by log pi(y|x), by its mean over the answer's tokens, or by "
+                        "the mean over prompt and answer; training always uses the sum",
+                        choices=["sum", "mean", "string"])
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+
+
+def parse(config_class, prog: str, without_model: dict | None = None):
+    """The command line as a frozen config; `without_model`: defaults where no --model is given."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(config_class, prog=prog, description=config_class.__doc__)
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"no such setting: {' '.join(unknown)}; --help lists them")
+    if without_model and not config.model:
+        parser.set_defaults(**without_model)
+        (config,) = parser.parse_args_into_dataclasses()
+    if config.max_tokens < 1:
+        raise data.InputError(f"--max_tokens {config.max_tokens}: must be at least 1")
+    return config
+
+
+def gamma_matrix(config: EvalConfig, say: Callable = print) -> Tensor:
+    """gamma (L, L) of --trust or --gamma; warns, with the rank, where Lemma 3 does not hold."""
+    langs, L = config.langs, len(config.langs)
+    if config.trust and config.gamma:
+        raise data.InputError("--trust and --gamma say the same thing twice: give one")
+    if not 0 < config.beta < math.inf:
+        raise data.InputError(f"--beta {config.beta}: must be positive")
+    if not config.gamma:
+        weights = dict.fromkeys(langs, 1.0)
+        for item in config.trust:
+            lang, _, weight = item.partition("=")
+            if lang not in langs:
+                raise data.InputError(f"--trust {item}: {lang!r} is not among --langs "
+                                      f"{' '.join(langs)}")
+            try:
+                weights[lang] = float(weight)
+            except ValueError:
+                raise data.InputError(f"--trust {item}: write LANG=NUMBER") from None
+            if not 0 < weights[lang] < math.inf:
+                raise data.InputError(f"--trust {item}: must be positive")
+        trust = torch.tensor(list(weights.values()), dtype=torch.double)
+        return dco.gamma_from_trust(trust, config.beta)
+    try:
+        gamma = torch.tensor([json.loads(item) for item in config.gamma], dtype=torch.double)
+    except (ValueError, TypeError) as error:
+        raise data.InputError("--gamma: neither two numbers nor a JSON matrix") from error
+    gamma = gamma.squeeze(0) if gamma.ndim == 3 else gamma.diag_embed().flip(-1)
+    finite = bool(((gamma >= 0) & (gamma < math.inf)).all())
+    if gamma.shape != (L, L) or gamma.diagonal().any() or not finite:
+        raise data.InputError(f"--gamma must be {L} x {L} for --langs {' '.join(langs)} (or two "
+                              "numbers for two), finite, not negative, with zeros on the diagonal")
+    if not dco.is_consistent(gamma, config.beta):
+        rank = torch.linalg.matrix_rank(gamma / config.beta + torch.eye(L, dtype=torch.double))
+        say(f"warning: Gamma has rank {rank}, not rank 1 with positive entries: "
+            "pi* need not be consistent (Lemma 3)")
+    return gamma
+
+
+def read(config: EvalConfig, say: Callable = print) -> Splits:
+    """The questions of both splits; an empty split is left out."""
+    questions, kind = data.load(config.data, config.langs, say), config.data.partition(":")[0]
+    train = config.train_questions
+    if train is None and kind not in data.TRAIN_QUESTIONS:
+        raise data.InputError(f"--train_questions: how many of the {len(questions)} to train on?")
+    train = data.TRAIN_QUESTIONS[kind] if train is None else train
+    parts = data.split(questions, train, config.test_questions, config.split_seed)
+    return {name: part for name, part in zip(("train", "test"), parts, strict=True) if part}
+
+
+def new_folder(path: str) -> Path:
+    """The path, which must not hold anything yet."""
+    out = Path(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise data.InputError(f"--out {out} is there and not empty; name another, or remove it")
+    return out
+
+
+# -------------------------------------------------------------------------------- scoring a model
+
+
+def start(device: str) -> tuple[torch.device, int, int]:
+    """Join the process group that torchrun's environment tells of, or make one of a single process.
+
+    Returns device, rank and number of processes.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in here.items() if there)
+    if not here[device]:
+        raise data.InputError(f"--device {device}: this torch sees none; use auto or cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    disable_progress_bar()  # transformers' own: one bar at a time
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=60),
+                            **({} if "WORLD_SIZE" in os.environ else alone))
+    return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def load_model(config: EvalConfig, device: torch.device):
+    """The model, in the asked number format and with dropout off, and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    remote = {"trust_remote_code": config.trust_remote_code}
+    try:
+        settings = AutoConfig.from_pretrained(config.model, **remote)
+        for part in (settings, settings.get_text_config()):
+            for name, value in part.to_dict().items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(part, name, 0.0)  # else policy and reference differ at step 0
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **remote)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model, config=settings, dtype=getattr(torch, config.dtype), **remote)
+    except (OSError, ValueError) as error:
+        raise data.InputError(f"--model {config.model}: no causal language model can be loaded "
+                              "from it; give a folder that save_pretrained wrote, or a hub name "
+                              f"where there is network. {error}") from error
+    return model.to(device), tokenizer
+
+
+def plant(model, tokenizer, splits: Splits, config: EvalConfig, say: Callable, whole: bool = False):
+    """The trees of each split, [question][language], and whether this model scores them packed."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    trees = {name: data.encode(tokenizer, questions, config.langs, context, whole)
+             for name, questions in splits.items()}
+    every = [tree for rows in trees.values() for row in rows for tree in row]
+    longest = max(every, key=data.Tree.tokens)
+    packed = dco.packs_exactly(model, [longest, every[0]])
+    if not packed:
+        say("warning: this model does not score packed questions as it scores separate ones; "
+            "scoring each answer apart, which is slower")
+    return trees, packed
+
+
+def autocast(config: EvalConfig, device: torch.device):
+    """bfloat16 matrix products over float32 weights on CUDA; elsewhere in the weights' format."""
+    enabled = device.type == "cuda" and config.dtype == "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def progress(steps: Iterable, desc: str, total: int, note: dict | None = None) -> Iterator:
+    """Iterate under a tqdm bar on rank 0, or plain lines where it has no terminal; shows `note`."""
+    if dist.get_rank():
+        yield from steps
+        return
+    bar = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+        bar = tqdm(desc=desc, total=total, leave=False, dynamic_ncols=True)
+    begun = told = time.monotonic()
+    for done, step in enumerate(steps, 1):
+        yield step
+        now = time.monotonic()
+        if bar is not None:
+            bar.set_postfix(note or {}, refresh=False)
+            bar.update()
+        elif done == total or now - told > max(5, (now - begun) / 10):
+            told, rate = now, done / (now - begun)
+            notes = "".join(f", {name} {float(value):.4g}" for name, value in (note or {}).items())
+            left = (total - done) / rate
+            print(f"{desc}: {done}/{total}, {rate:.2f}/s, {left:.0f} s left{notes}", flush=True)
+    if bar is not None:
+        bar.close()
+
+
+@torch.no_grad()
+def score(model, trees: list[list[data.Tree]], config: EvalConfig, desc: str, packed: bool
+          ) -> Tensor:
+    """log pi(y|x), or what --score makes of it: trees [question][language] -> (L, Q, K) on the CPU.
+
+    Each tree is scored once, by one process; every process returns the whole table.
+    """
+    model.eval()
+    flat = [tree for row in trees for tree in row]
+    rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
+    groups = data.batches(flat, config.max_tokens, packed)[rank::world]
+    K = max(len(tree.branches) for tree in flat)
+    out = torch.full((len(flat), K), torch.nan)
+    for group in progress(groups, desc, len(groups)):
+        with autocast(config, device):
+            logps = dco.completion_logps(model, [flat[i] for i in group], packed).cpu()
+        out[group] = torch.nn.functional.pad(logps, (0, K - logps.shape[1]), value=-torch.inf)
+    parts = [None] * world
+    mine = [i for group in groups for i in group]
+    dist.all_gather_object(parts, (mine, out[mine]))
+    for theirs, values in parts:
+        out[theirs] = values
+    if out.isnan().any():
+        q = int(out.isnan().any(-1).nonzero()[0]) // len(trees[0])
+        raise RuntimeError(f"{desc}: the score of question {q} of this split is NaN, or is missing")
+    if config.score != "sum":
+        scored = [[len(b) - tree.lead for b in tree.branches] for tree in flat]
+        out /= torch.tensor([row + [1] * (K - len(row)) for row in scored])
+    return out.view(len(trees), -1, K).transpose(0, 1).contiguous()
+
+
+def main() -> None:
+    config = parse(EvalConfig, "rankc.py")
+    if not config.model:
+        raise data.InputError("which model? give --model FOLDER")
+    device, rank, _ = start(config.device)
+    say = print if rank == 0 else lambda *text: None
+    gamma = gamma_matrix(config, say)
+    out = new_folder(config.out) if config.out else None
+    splits = read(config, say)
+    model, tokenizer = load_model(config, device)
+    trees, packed = plant(model, tokenizer, splits, config, say, whole=config.score == "string")
+    begun = time.time()
+    base = {name: score(model, trees[name], config, f"score {name}", packed) for name in splits}
+    spent = {"score": round(time.time() - begun, 2)}
+    optimum = {name: forecast(base[name], gamma, config.beta) for name in splits}
+    every = [question for questions in splits.values() for question in questions]
+    metrics = {"languages": config.langs, "chance": guessing(every)[0]}
+    say(report(splits, {"base": base, "optimum": optimum}, config.langs, metrics))
+    if out and rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "run.json").write_text(json.dumps(asdict(config), indent=1))
+        (out / "metrics.json").write_text(json.dumps({**metrics, "seconds": spent}, indent=1))
+        write_answers(out / "answers.jsonl", splits, {"base": base}, config.langs)
+        say(f"\nwrote {out}")
+
+
+def run(main: Callable) -> None:
+    """Run a command line: bad input ends it with its message, told once, and status 2."""
+    try:
+        main()
+    except data.InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

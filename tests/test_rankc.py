@@ -1,0 +1,228 @@
+"""The measures: RankC by hand and by brute force over sets; then the rest of a report."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rankc
+
+
+def by_sets(a: list[float], b: list[float]) -> float:
+    """App. I as it is written: the overlap of the two top-j sets, weighted by exp(N - j)."""
+    N = len(a)
+    order = [sorted(range(N), key=lambda k: -scores[k]) for scores in (a, b)]
+    weights = [math.exp(N - j) for j in range(1, N + 1)]
+    overlap = [len(set(order[0][:j]) & set(order[1][:j])) / j for j in range(1, N + 1)]
+    return sum(w * p for w, p in zip(weights, overlap)) / sum(weights)
+
+
+scores = st.lists(
+    st.one_of(st.floats(-50, 0), st.sampled_from([-1.0, -2.0])), min_size=1, max_size=12
+)
+
+
+@given(
+    st.lists(
+        scores.flatmap(lambda a: st.tuples(st.just(a), st.permutations(a))), min_size=1, max_size=6
+    )
+)
+def test_rankc_is_the_brute_force_over_sets_for_ragged_questions_and_ties(questions):
+    K = max(len(a) for a, _ in questions)
+    pad = lambda row: list(row) + [-math.inf] * (K - len(row))  # noqa: E731
+    a, b = (
+        torch.tensor([pad(question[side]) for question in questions], dtype=torch.double)
+        for side in (0, 1)
+    )
+    assert rankc.rankc(a, b).tolist() == pytest.approx(
+        [by_sets(*question) for question in questions]
+    )
+
+
+def test_rankc_of_three_candidates_by_hand():
+    """w = (e^2, e, 1) / (e^2 + e + 1). The top 1, 2, 3 of ABC and ACB share 1/1, 1/2 and 3/3;
+    of ABC and CBA 0/1, 1/2 and 3/3.
+    """
+    w1, w2, w3 = (math.exp(x) / (math.exp(2) + math.e + 1) for x in (2, 1, 0))
+    abc, acb, cba = (torch.tensor([row]) for row in ([3.0, 2, 1], [3.0, 1, 2], [1.0, 2, 3]))
+    assert rankc.rankc(abc, acb).item() == pytest.approx(w1 + w2 / 2 + w3)
+    assert rankc.rankc(abc, cba).item() == pytest.approx(w2 / 2 + w3)
+
+
+@given(scores, st.floats(0.1, 5), st.floats(-10, 10))
+def test_rankc_depends_on_ranks_alone(row, scale, shift):
+    a = torch.tensor([row], dtype=torch.double)
+    if len(set((a * scale + shift)[0].tolist())) == len(
+        set(row)
+    ):  # rounding may tie what was apart
+        assert rankc.rankc(a, a * scale + shift).item() == pytest.approx(1)
+
+
+@given(scores.flatmap(lambda a: st.tuples(st.just(a), st.permutations(a))))
+def test_rankc_is_symmetric_and_between_its_bounds(pair):
+    a, b = (torch.tensor([row]) for row in pair)
+    assert rankc.rankc(a, b).item() == pytest.approx(rankc.rankc(b, a).item())
+    assert 0 <= rankc.rankc(a, b).item() <= 1 + 1e-12
+
+
+def test_a_thousand_candidates_do_not_overflow():
+    a = torch.randn(2, 1000)
+    assert (
+        rankc.rankc(a, a).tolist() == pytest.approx([1, 1]) and rankc.rankc(a, -a).isfinite().all()
+    )
+
+
+@pytest.mark.parametrize("N, published", [(2, 0.634), (4, 0.377), (5, 0.310), (10, 0.158)])
+def test_chance_is_what_random_rankings_give(N, published):
+    generator = torch.Generator().manual_seed(N)
+    a, b = (torch.rand(40_000, N, generator=generator) for _ in range(2))
+    simulated = rankc.rankc(a, b)
+    assert abs(simulated.mean().item() - rankc.chance(N)) < 4 * simulated.std().item() / 200
+    assert rankc.chance(N) == pytest.approx(published, abs=6e-4)
+
+
+def test_clc_is_symmetric_with_ones_on_its_diagonal_and_the_mean_rankc_elsewhere():
+    table = torch.randn(4, 30, 6, generator=torch.Generator().manual_seed(0))
+    matrix = rankc.clc(table)
+    for a in range(4):
+        for b in range(4):
+            assert matrix[a, b].item() == pytest.approx(
+                rankc.rankc(table[a], table[b]).mean().item()
+            )
+
+
+@pytest.mark.parametrize(
+    "a, b", [([math.nan, 0], [0, 1]), ([-math.inf, 0], [0, 1]), ([-math.inf] * 2, [-math.inf] * 2)]
+)
+def test_rankc_refuses_nan_and_candidates_missing_in_one_language_only(a, b):
+    with pytest.raises(ValueError):
+        rankc.rankc(torch.tensor([a], dtype=torch.float), torch.tensor([b], dtype=torch.float))
+
+
+def test_accuracy_counts_a_tie_by_its_share_wherever_the_gold_answer_stands():
+    table = torch.tensor([[[1.0, 1, 0], [0, 2, 2], [3, 1, 2]]])
+    assert rankc.accuracy(table, torch.tensor([1, 2, 0])).item() == pytest.approx(
+        (0.5 + 0.5 + 1) / 3
+    )
+    assert rankc.accuracy(table, torch.tensor([0, 1, 0])).item() == pytest.approx(
+        (0.5 + 0.5 + 1) / 3
+    )
+
+
+def test_entropy_of_a_uniform_guess_is_log_k_and_missing_candidates_do_not_count():
+    table = torch.tensor([[0.0, 0, 0, 0], [1, 1, -math.inf, -math.inf], [50, 0, 0, 0]])
+    assert rankc.entropy(table).tolist() == pytest.approx([math.log(4), math.log(2), 0], abs=1e-6)
+
+
+def test_a_report_counts_changes_agreement_and_the_entropy_of_right_and_wrong():
+    base = torch.tensor([[[2.0, 0], [2, 0]], [[2, 0], [0, 2]]])  # en: 0 0; es: 0 1
+    after = torch.tensor([[[2.0, 0], [2, 0]], [[2, 0], [9, 2]]])  # es: 0 0
+    report = rankc.measure(after, base, [0, 1], ["en", "es"])
+    assert (
+        report["changed"] == {"en": 0.0, "es": 0.5}
+        and report["top1_agreement"] == 1.0
+        and report["clc"] == 1.0
+    )
+    assert report["accuracy"] == {"en": 0.5, "es": 0.5}
+    nats = rankc.entropy(torch.tensor([[2.0, 0], [9, 2]])).tolist()
+    assert report["entropy"] == {
+        "right": pytest.approx(nats[0]),
+        "wrong": pytest.approx(sum(nats) / 2),
+    }
+    assert rankc.measure(base, base, [0, 1], ["en", "es"])["top1_agreement"] == 0.5
+
+
+def test_a_report_without_gold_answers_has_no_accuracy_but_its_consistency():
+    report = rankc.measure(*[torch.randn(2, 3, 4)] * 2, [None] * 3, ["en", "es"])
+    assert report["accuracy"] == {"en": None, "es": None} and report["clc"] > 0
+    assert report["entropy"] == {"right": None, "wrong": None}
+
+
+def test_the_forecast_of_any_trust_is_wholly_consistent():
+    gamma = rankc.gamma_matrix(
+        rankc.EvalConfig(langs=["en", "es", "sw"], trust=["en=10", "sw=0.5"])
+    )
+    table = rankc.forecast(torch.randn(3, 50, 5).log_softmax(-1), gamma, 1.0)
+    assert rankc.clc(table).min() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"trust": ["en=0"]}, "positive"),
+        ({"trust": ["en=-1"]}, "positive"),
+        ({"trust": ["en=nan"]}, "positive"),
+        ({"trust": ["en=inf"]}, "positive"),
+        ({"trust": ["de=1"]}, "'de' is not among --langs en es"),
+        ({"trust": ["en"]}, "LANG=NUMBER"),
+        ({"trust": ["en=2"], "gamma": ["1", "1"]}, "give one"),
+        ({"gamma": ["1"]}, "2 x 2"),
+        ({"gamma": ["[[0, 1], [1, 1]]"]}, "zeros on the diagonal"),
+        ({"gamma": ["a", "b"]}, "neither"),
+        ({"gamma": ["-1", "-1"]}, "not negative"),
+        ({"beta": 0.0}, "--beta"),
+    ],
+)
+def test_directions_that_cannot_be_are_refused(settings, message):
+    import data
+
+    with pytest.raises(data.InputError, match=message):
+        rankc.gamma_matrix(rankc.EvalConfig(langs=["en", "es"], **settings))
+
+
+def test_a_gamma_whose_rank_is_not_one_warns_with_its_rank():
+    said = []
+    gamma = rankc.gamma_matrix(
+        rankc.EvalConfig(langs=["en", "es"], gamma=["0.1", "1"]), said.append
+    )
+    assert gamma.tolist() == [[0, pytest.approx(0.1)], [1, 0]] and "rank 2" in said[0]
+    rankc.gamma_matrix(rankc.EvalConfig(langs=["en", "es"], gamma=["0.1", "10"]), said.append)
+    matrix = ["[[0, 1, 2], [1, 0, 2], [0.5, 0.5, 0]]"]
+    assert rankc.gamma_matrix(
+        rankc.EvalConfig(langs=["en", "es", "fr"], gamma=matrix), said.append
+    )[2].tolist() == [0.5, 0.5, 0]
+    assert len(said) == 1
+
+
+def test_every_tree_is_scored_once_and_lands_in_its_row(process_group):
+    """Whatever the token budget: the table holds for each question what scoring it alone gives."""
+    import data
+    import dco
+    from conftest import tiny_llama
+
+    rng, model = random.Random(0), tiny_llama(100)
+    ids = lambda n: [rng.randrange(100) for _ in range(n)]  # noqa: E731
+    trees = [
+        [
+            data.Tree(ids(rng.randint(1, 9)), [ids(rng.randint(1, 4)) for _ in range(2 + q % 3)])
+            for _ in "ab"
+        ]
+        for q in range(11)
+    ]
+    with torch.no_grad():
+        for budget in (1, 40, 10_000):
+            table = rankc.score(model, trees, rankc.EvalConfig(max_tokens=budget), "", packed=True)
+            assert table.shape == (2, 11, 4)
+            for q, row in enumerate(trees):
+                for i, tree in enumerate(row):
+                    K = len(tree.branches)
+                    torch.testing.assert_close(
+                        table[i, q, :K], dco.completion_logps(model, [tree])[0]
+                    )
+                    assert table[i, q, K:].isneginf().all()
+        mean = rankc.score(model, trees, rankc.EvalConfig(score="mean"), "", packed=True)
+    assert mean[0, 0, 0].item() == pytest.approx(
+        table[0, 0, 0].item() / len(trees[0][0].branches[0]), rel=1e-4
+    )
+
+
+def test_the_picture_of_the_clc_matrix_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need the [plot] extra")
+    reports = [
+        rankc.measure(*[torch.randn(4, 20, 5)] * 2, [0] * 20, list("abcd")) for _ in range(2)
+    ]
+    assert rankc.draw_clc(tmp_path / "clc.png", *reports, list("abcd"))
+    assert (tmp_path / "clc.png").read_bytes()[:4] == b"\x89PNG"
