@@ -1,0 +1,317 @@
+"""The program as it is run: as processes, on a tiny saved model and questions written here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, tiny_llama, tiny_tokenizer
+
+WORDS = "one two three four five six seven eight nine ten".split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model and 11 questions in three languages, one with fewer answers."""
+    folder = tmp_path_factory.mktemp("world")
+    lines = []
+    for i, word in enumerate(WORDS + ["eleven"]):
+        prompts = {
+            "en": f"The number after {word} is",
+            "es": f"Tras {word} viene el",
+            "fr": f"Le suivant de {word} est",
+        }
+        answers = [f" {WORDS[(i * 3 + k) % 10]}" for k in range(3 if i == 4 else 4)]
+        lines.append(
+            json.dumps(
+                {
+                    "id": str(i),
+                    "gold": i % 3,
+                    "prompts": prompts,
+                    "answers": {
+                        lang: [a + lang[0] * (k % 2) for k, a in enumerate(answers)]
+                        for lang in prompts
+                    },
+                }
+            )
+        )
+    (folder / "q.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer = tiny_tokenizer("\n".join(lines))
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    return folder
+
+
+def launch(*arguments, processes=0, fails=False, cwd=ROOT):
+    """Run `python` or, with processes, `torchrun`; its output."""
+    start = [sys.executable] + (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        if processes
+        else []
+    )
+    done = subprocess.run(
+        [*start, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def train(world, out, *more, **how):
+    return launch(
+        ROOT / "train.py",
+        "--model",
+        world / "model",
+        "--data",
+        f"jsonl:{world / 'q.jsonl'}",
+        "--langs",
+        "en",
+        "es",
+        "fr",
+        "--train_questions",
+        7,
+        "--lr",
+        "1e-3",
+        "--schedule",
+        "constant",
+        "--batch_questions",
+        3,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        *more,
+        **how,
+    )
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def assert_same(a, b, rtol=1e-4, atol=2e-5):
+    assert weights(a).keys() == weights(b).keys()
+    for name, value in weights(a).items():
+        torch.testing.assert_close(value, weights(b)[name], rtol=rtol, atol=atol)
+    ours, theirs = (json.loads((out / "metrics.json").read_text()) for out in (a, b))
+    for split in ("train", "test"):
+        assert ours[split]["trained"]["clc"] == pytest.approx(theirs[split]["trained"]["clc"])
+        assert ours[split]["base"]["accuracy"] == theirs[split]["base"]["accuracy"]
+        assert ours[split]["base"]["clc_matrix"] == theirs[split]["base"]["clc_matrix"]
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    out = world / "alone"
+    return out, train(world, out)
+
+
+def test_a_run_leaves_all_its_outputs(world, alone):
+    out, text = alone
+    settings = json.loads((out / "run.json").read_text())
+    assert (
+        settings["lr"] == 1e-3
+        and settings["langs"] == ["en", "es", "fr"]
+        and settings["torch"] == torch.__version__
+    )
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3]  # seven questions: 3 + 3 + 1
+    assert set(log[0]) >= {
+        "loss",
+        "lr",
+        "grad_norm",
+        "rewards/margin",
+        "residual/en",
+        "residual/fr",
+        "consistent",
+    }
+    assert (
+        abs(log[0]["rewards/margin"]) < 1e-5
+    )  # policy = reference at step 0, whatever is packed with what
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["languages"] == ["en", "es", "fr"] and metrics["train"]["questions"] == 7
+    assert set(metrics["test"]) == {"questions", "base", "optimum", "trained"}
+    assert metrics["test"]["optimum"]["clc"] == pytest.approx(1)
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 11 and len(answers[0]["base"]["en"]) in (3, 4)
+    for part in ("reference", "train", "optimum", "trained", "chance"):
+        assert part in text
+
+
+def test_the_saved_folder_loads_in_transformers_and_scores_the_same(alone):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = alone
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(out),
+    )
+    for line in map(json.loads, (out / "answers.jsonl").read_text().splitlines()[:3]):
+        question = json.loads((out.parent / "q.jsonl").read_text().splitlines()[int(line["id"])])
+        for lang in ("en", "fr"):
+            start = len(tokenizer(question["prompts"][lang])["input_ids"])
+            for answer, nats in zip(question["answers"][lang], line["trained"][lang]):
+                ids = torch.tensor([tokenizer(question["prompts"][lang] + answer)["input_ids"]])
+                with torch.no_grad():
+                    logps = (
+                        model(ids)
+                        .logits[0, :-1]
+                        .log_softmax(-1)
+                        .gather(1, ids[0, 1:, None])[start - 1 :]
+                        .sum()
+                    )
+                assert float(logps) == pytest.approx(nats, abs=1e-3)
+
+
+def test_the_first_loss_is_the_closed_form_in_the_reference_margins(alone):
+    """The sum over languages of |sum of the others' reference margins|, from answers.jsonl."""
+    import data
+
+    out, _ = alone
+    first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    lines = {
+        line["id"]: line["base"]
+        for line in map(json.loads, (out / "answers.jsonl").read_text().splitlines())
+        if line["split"] == "train"
+    }
+    questions = data.load(f"jsonl:{out.parent / 'q.jsonl'}", ["en", "es", "fr"])
+    order = data.split(questions, 7, None, 0)[0]
+    import random
+
+    draws = [(q, 0) for q in range(7)]
+    random.Random("order/0/0").shuffle(draws)
+    total = 0.0
+    for q, _ in draws[:3]:
+        w, l = data.sample(order[q], 2, 0, 0)  # noqa: E741
+        margins = {lang: nats[w] - nats[l] for lang, nats in lines[order[q].id].items()}
+        total += sum(
+            abs(sum(m for other, m in margins.items() if other != lang)) for lang in margins
+        )
+    assert first["loss"] == pytest.approx(total / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_together_train_what_one_process_trains(world, alone, processes):
+    """Uneven shares included: 9 rows in a step, 3 in the last."""
+    out = world / f"ranks{processes}"
+    train(world, out, processes=processes)
+    assert_same(out, alone[0])
+
+
+def test_a_process_without_a_row_does_not_disturb_the_others(world):
+    for name, processes in (("one", 0), ("four", 3)):
+        train(world, world / name, "--langs", "en", "es", processes=processes)
+    assert_same(world / "one", world / "four")
+
+
+def test_accumulated_micro_batches_train_what_one_batch_trains(world, alone):
+    out = world / "micro"
+    train(world, out, "--max_tokens", 1)
+    assert_same(out, alone[0])
+
+
+def test_gradient_checkpointing_trains_the_same(world, alone):
+    out = world / "checkpointed"
+    train(world, out, "--gradient_checkpointing")
+    assert_same(out, alone[0])
+
+
+def test_the_pairwise_objective_trains_two_languages_a_question_and_is_joint_for_two(world):
+    train(world, world / "pairs", "--objective", "pairwise")
+    log = [json.loads(line) for line in (world / "pairs" / "log.jsonl").read_text().splitlines()]
+    assert 0.0 in [
+        line[f"residual/{lang}"] for line in log for lang in ("en", "es", "fr")
+    ]  # the last has one question
+    for objective in ("joint", "pairwise"):
+        train(world, world / f"two-{objective}", "--langs", "en", "fr", "--objective", objective)
+    assert_same(world / "two-joint", world / "two-pairwise")
+
+
+def test_rankc_reports_the_same_numbers_as_the_run(world, alone):
+    out, _ = alone
+    text = launch(
+        ROOT / "rankc.py",
+        "--model",
+        out,
+        "--data",
+        f"jsonl:{world / 'q.jsonl'}",
+        "--langs",
+        "en",
+        "es",
+        "fr",
+        "--train_questions",
+        7,
+        "--out",
+        world / "judged",
+        "--device",
+        "cpu",
+    )
+    ours, theirs = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (out, world / "judged")
+    )
+    for split in ("train", "test"):
+        for name in ("clc", "accuracy", "top1_agreement"):
+            assert theirs[split]["base"][name] == pytest.approx(ours[split]["trained"][name]), name
+    assert "optimum" in text and theirs["chance"] == ours["chance"]
+
+
+BAD = [
+    (["--langs", "en", "xx"], "nothing in language 'xx'"),
+    (["--langs", "en"], "two languages or more"),
+    (["--train_questions", "12"], "there are 11"),
+    (["--trust", "en=0"], "must be positive"),
+    (["--trust", "sw=1"], "'sw' is not among"),
+    (["--data", "jsonl:/no/such.jsonl"], "No such file"),
+    (["--model", "/no/such/model"], "no causal language model can be loaded"),
+    (["--candidates", "1"], "two or more"),
+    (["--batch_questions", "0"], "at least 1"),
+    (["--nonsense", "1"], "--nonsense"),
+    (["--schedule", "stairs"], "invalid choice"),
+    (["--score", "median"], "invalid choice"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, message", BAD, ids=[" ".join(arguments) for arguments, _ in BAD]
+)
+def test_bad_settings_end_with_a_message_and_no_traceback(world, tmp_path, arguments, message):
+    text = train(world, tmp_path / "out", *arguments, fails=True)
+    assert message in text and "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_refused_before_any_work(world, alone):
+    text = train(world, alone[0], fails=True)
+    assert "not empty" in text and "reference" not in text
+
+
+def test_a_gamma_of_another_rank_warns_and_trains(world):
+    text = train(world, world / "rank", "--langs", "en", "es", "--gamma", "0.1", "1")
+    assert "rank 2" in text and (world / "rank" / "model.safetensors").exists()
+
+
+def test_data_of_ones_own_needs_a_model(world):
+    assert "needs --model" in launch(
+        ROOT / "train.py", "--data", f"jsonl:{world / 'q.jsonl'}", fails=True
+    )
+
+
+def test_the_default_run_makes_the_embedded_model_consistent(tmp_path):
+    """`torchrun train.py`: CLC gains on both splits, English loses no more than a point."""
+    text = launch(ROOT / "train.py", processes=1, cwd=tmp_path)
+    metrics = json.loads((tmp_path / "runs" / "1" / "metrics.json").read_text())
+    for split in ("train", "test"):
+        assert metrics[split]["trained"]["clc"] > metrics[split]["base"]["clc"] + 0.01
+    assert (
+        metrics["train"]["trained"]["accuracy"]["en"]
+        >= metrics["train"]["base"]["accuracy"]["en"] - 0.01
+    )
+    assert "wrote" in text and (tmp_path / "runs" / "1" / "model.safetensors").exists()
