@@ -1,0 +1,183 @@
+"""What packing buys: `python tests/bench.py` (pytest does not collect it).
+
+The same random 135M Llama (SmolLM2's shape), or --model DIR, and the same questions, in one run:
+this program's packed prefix trees against the plain way, one padded row for each prompt and answer
+with the logits of every token. Repetitions are interleaved; it prints medians, spreads, tokens and
+peak memory.
+
+    bmlama  lengths as BMLAMA's in English and Spanish (4 to 17 tokens, answers 1 to 10); ten
+    answers to judge, two to train on mmmlu   300-token prompts, four letters to judge and two to
+    train on
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import dco
+
+
+def questions(shape: str, stage: str, vocabulary: int) -> list[data.Tree]:
+    """4 questions in 2 languages, or 4 prompts; two answers each to train on, all to judge."""
+    rng = random.Random(0)
+    ids = lambda lengths: [rng.randrange(vocabulary) for _ in range(rng.choice(lengths))]  # noqa: E731
+    if shape == "bmlama":  # its deciles under SmolLM2's tokenizer
+        number, K, prompt, answer = (
+            8,
+            10,
+            [4, 5, 6, 7, 7, 8, 10, 11, 13, 17],
+            [1, 1, 1, 1, 2, 2, 3, 4, 6, 10],
+        )
+    else:
+        number, K, prompt, answer = 4, 4, range(250, 350), [1]
+    return [
+        data.Tree(ids(prompt), [ids(answer) for _ in range(2 if stage == "step" else K)])
+        for _ in range(number)
+    ]
+
+
+def plain(model, trees: list[data.Tree]) -> torch.Tensor:
+    """One padded row for each prompt and answer, all logits, as is commonly done."""
+    rows = [tree.prefix + branch for tree in trees for branch in tree.branches]
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(
+        model.device
+    )
+    length = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+    start = torch.tensor(
+        [len(tree.prefix) for tree in trees for _ in tree.branches], device=model.device
+    )[:, None]
+    column = torch.arange(ids.shape[1], device=model.device)
+    logits = model(input_ids=ids, attention_mask=(column < length).long(), use_cache=False).logits[
+        :, :-1
+    ]
+    logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    scored = (column[1:] >= start) & (column[1:] < length)
+    return (logps * scored).sum(-1).view(len(trees), -1)
+
+
+WAYS = {"packed": dco.completion_logps, "plain": plain}
+
+
+def once(model, trees, way: str, stage: str) -> tuple[float, torch.Tensor]:
+    """Seconds and scores of one forward, or of a forward and backward."""
+    model.zero_grad()
+    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    synchronize()
+    begun = time.perf_counter()
+    with torch.set_grad_enabled(stage == "step"):
+        scores = WAYS[way](model, trees)
+        if stage == "step":
+            scores.sum().backward()
+    synchronize()
+    return time.perf_counter() - begun, scores.detach()
+
+
+def make(arguments):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    if arguments.model:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=49152,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=30,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+            )
+        )
+    return model.to(arguments.device).train()
+
+
+def peak(arguments, shape: str, stage: str, way: str) -> float:
+    """GiB at most, of the process or on the GPU, in a process of its own."""
+    command = [
+        sys.executable,
+        __file__,
+        "--model",
+        arguments.model,
+        "--device",
+        arguments.device,
+        "--peak",
+        shape,
+        stage,
+        way,
+    ]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="", help="folder of a causal language model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    model = make(arguments)
+    if arguments.peak:
+        shape, stage, way = arguments.peak
+        once(model, questions(shape, stage, model.config.vocab_size), way, stage)
+        if arguments.device == "cuda":
+            used = torch.cuda.max_memory_allocated() / 2**30
+        else:  # not ru_maxrss, which a child inherits
+            status = Path("/proc/self/status").read_text()
+            used = int(status.split("VmHWM:")[1].split()[0]) / 2**20
+        return print(json.dumps(used))
+    fed = []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    size = sum(weight.numel() for weight in model.parameters()) / 1e6
+    print(
+        f"{size:.0f}M parameters, float32, {arguments.device}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}; medians of {arguments.repeat} (min - max)"
+    )
+    for shape in ("bmlama", "mmmlu"):
+        for stage in ("forward", "step"):
+            trees = questions(shape, stage, model.config.vocab_size)
+            seconds, tokens, scores = {way: [] for way in WAYS}, {}, {}
+            for _ in range(arguments.repeat + 1):  # the first is a warm-up
+                for way in WAYS:
+                    fed.clear()
+                    spent, scores[way] = once(model, trees, way, stage)
+                    seconds[way].append(spent)
+                    tokens[way] = sum(fed)
+            memory = {way: peak(arguments, shape, stage, way) for way in WAYS}
+            fewest = sum(tree.tokens() for tree in trees)
+            middle = {way: statistics.median(times[1:]) for way, times in seconds.items()}
+            apart = (scores["packed"] - scores["plain"]).abs().max()
+            answers = scores["plain"].numel()
+            name = "forward + backward" if stage == "step" else "forward"
+            print(f"\n{shape}, {name}: {answers} answers, scores within {apart:.0e} nats")
+            for way in WAYS:
+                print(
+                    f"  {way:7} {tokens[way]:6} tokens  {middle[way]:7.3f} s "
+                    f"({min(seconds[way][1:]):.3f} - {max(seconds[way][1:]):.3f})  "
+                    f"{answers / middle[way]:6.1f} answers/s  {memory[way]:.2f} GiB",
+                    flush=True,
+                )
+            print(
+                f"  ratio   {tokens['packed'] / fewest - 1:+.1%} of the fewest {fewest}; "
+                f"{middle['plain'] / middle['packed']:.2f}x faster, "
+                f"{memory['packed'] / memory['plain']:.2f} of the memory",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
