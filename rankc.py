@@ -186,7 +186,7 @@ def draw_clc(path: Path, before: dict, after: dict, langs: list[str]) -> bool:
     panels = [("CLC before, per cent", old, "{:.1f}", {"cmap": "viridis", "vmin": 0, "vmax": 100}),
               ("change", new - old, "{:+.1f}", {"cmap": "RdBu", "vmin": -reach, "vmax": reach})]
     for axes, (title, values, form, look) in zip(figure.subplots(1, 2), panels, strict=True):
-        image = axes.imshow(values, **look)
+        image = axes.imshow(values.numpy(), **look)
         axes.set(title=title)
         axes.set_xticks(range(len(langs)), langs)
         axes.set_yticks(range(len(langs)), langs)

@@ -190,6 +190,31 @@ def test_in_two_languages_the_ratio_of_trust_is_gamma_1_over_beta():
     torch.testing.assert_close(gamma, torch.tensor([[0, 0.2], [20.0, 0]]))
 
 
+@given(st.integers(0, 10**6))
+def test_a_smaller_gamma_keeps_its_language_nearer_the_reference(seed):
+    """Remark 1. By it (10, 0.1) with English first is not "EN stable" (section 6.4)."""
+    ref = table(seed, 2, 5)
+
+    def moved(gamma_1):  # KL(pi* || pi_REF) of each language under Lemma 1
+        policy = dco.optimal_policy(
+            ref, torch.tensor([[0, gamma_1], [1 / gamma_1, 0]]).double(), 1.0
+        )
+        return (policy.exp() * (policy - ref)).sum(-1)
+
+    (en_stable, sw_moves), (both, either), (en_moves, sw_stable) = map(moved, (0.1, 1.0, 10.0))
+    assert en_stable < both < en_moves and sw_stable < either < sw_moves
+
+
+@given(st.integers(0, 10**6), positive)
+def test_a_uniform_expert_changes_nothing_and_a_certain_one_decides(seed, gamma_1):
+    """Section 6.5: a *low*-entropy expert contributes minimally? It is the high-entropy one."""
+    ref, gamma = table(seed, 2, 4), torch.tensor([[0, gamma_1], [1.0, 0]]).double()
+    ref[1] = -math.log(4)
+    torch.testing.assert_close(dco.optimal_policy(ref, gamma, 1.0)[0], ref[0])
+    ref[1] = torch.tensor([0.0, -1e4, -1e4, -1e4])
+    assert dco.optimal_policy(ref, gamma, 1.0)[0].exp()[0] > 0.999999
+
+
 @given(numbers, numbers, positive)
 def test_dpo_is_bradley_terry_on_implicit_rewards(a, b, beta):
     logps, ref = (

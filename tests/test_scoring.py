@@ -190,3 +190,16 @@ def test_log_probs_are_summed_in_float32_under_bfloat16_weights():
                 float(logps[range(20), branch].sum()), abs=0.3
             )
             assert float(scores[0, k]) != float(scores[0, k].bfloat16())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bfloat16_autocast_keeps_the_mask(attention):
+    """The mask's lowest float32 is no bfloat16: what is masked must stay so, and nothing be NaN."""
+    model, trees = tiny("llama", attention), some_trees(5)
+    with torch.no_grad():
+        exact = dco.completion_logps(model, trees)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = dco.completion_logps(model, trees)
+    assert rounded.dtype == torch.float32 and not rounded.isnan().any()
+    there = exact.isfinite()
+    assert (rounded - exact)[there].abs().mean() < 0.05 * exact[there].abs().mean()
