@@ -69,8 +69,6 @@ def check(question: Question, langs: list[str], where: str) -> None:
 
     counts = {}
     for lang in langs:
-        if lang not in question.prompts or lang not in question.answers:
-            refuse(f"nothing in language {lang!r}; it has {', '.join(question.prompts) or 'none'}")
         if not question.prompts[lang].strip():
             refuse(f"the prompt in {lang!r} is empty")
         for k, answer in enumerate(question.answers[lang]):
@@ -199,8 +197,12 @@ def load_jsonl(place: str, langs: list[str], say) -> Loaded:
                 if not isinstance(value, kind) or isinstance(value, bool):
                     raise InputError(f"{where}: field {name!r} is missing or of another type; "
                                      "the README shows a line")
-            prompts = {lang: given["prompts"][lang] for lang in langs if lang in given["prompts"]}
-            answers = {lang: given["answers"][lang] for lang in langs if lang in given["answers"]}
+            for lang in langs:
+                if lang not in given["prompts"] or lang not in given["answers"]:
+                    raise InputError(f"{where}: question {given['id']!r} has nothing in language "
+                                     f"{lang!r}; it has {', '.join(given['prompts']) or 'none'}")
+            prompts = {lang: given["prompts"][lang] for lang in langs}
+            answers = {lang: given["answers"][lang] for lang in langs}
             if not all(isinstance(prompt, str) for prompt in prompts.values()):
                 raise InputError(f"{where}: prompts must hold a string for each language")
             if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts)

@@ -139,17 +139,18 @@ def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict) -> s
             if name not in rows:
                 gold = [question.gold for question in questions]
                 rows[name] = measure(table[split], tables["base"][split], gold, langs)
-        by_luck, guess = (f"{100 * share:.1f}" for share in guessing(questions))
-        moved = [f"Δ {lang}" for lang in langs]
-        lines = [["", "CLC", "top-1", *langs, *moved, "H right", "H wrong"],
-                 ["chance", by_luck, *[guess] * (1 + len(langs)), *[""] * (len(langs) + 2)]]
+        by_luck, guess = guessing(questions)
+        blank, moved = [None] * len(langs), [f"Δ {lang}" for lang in langs]
+        shares = {"chance": [by_luck, guess, *[guess] * len(langs), *blank]}
         for name in tables:
             row = rows[name]
-            shares = [row["clc"], row["top1_agreement"], *row["accuracy"].values()]
-            shares += row["changed"].values() if name != "base" else [""] * len(langs)
-            cells = [100 * x if isinstance(x, float) else x for x in shares]
-            lines.append([name, *(f"{x:.1f}" if isinstance(x, float) else x or "" for x in cells),
-                          *("" if x is None else f"{x:.2f}" for x in row["entropy"].values())])
+            changed = blank if name == "base" else row["changed"].values()
+            shares[name] = [row["clc"], row["top1_agreement"], *row["accuracy"].values(), *changed]
+        lines = [["", "CLC", "top-1", *langs, *moved, "H right", "H wrong"]]
+        for name, values in shares.items():
+            nats = rows[name]["entropy"].values() if name in rows else [None, None]
+            lines.append([name, *("" if x is None else f"{100 * x:.1f}" for x in values),
+                          *("" if x is None else f"{x:.2f}" for x in nats)])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         texts.append(f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
                      "accuracy, answers changed (Δ), per cent; entropy H, nats")
@@ -237,17 +238,16 @@ class EvalConfig:
     trust_remote_code: bool = option(False, "run code that comes with the model")
 
 
-def parse(config_class, prog: str, without_model: dict | None = None):
-    """The command line as a frozen config; `without_model`: defaults where no --model is given."""
+def parse(config_class, prog: str, defaults: Callable[..., dict] = lambda config: {}):
+    """The command line as a frozen config; `defaults` may set other ones, seeing what was given."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(config_class, prog=prog, description=config_class.__doc__)
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"no such setting: {' '.join(unknown)}; --help lists them")
-    if without_model and not config.model:
-        parser.set_defaults(**without_model)
-        (config,) = parser.parse_args_into_dataclasses()
+    parser.set_defaults(**defaults(config))
+    (config,) = parser.parse_args_into_dataclasses()
     if config.max_tokens < 1:
         raise data.InputError(f"--max_tokens {config.max_tokens}: must be at least 1")
     return config

@@ -132,7 +132,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
         ({**OWN, "prompts": "x"}, "line 2: field 'prompts'"),
         (
             {**OWN, "id": "8", "prompts": {"en": "x"}},
-            "line 2: question '8': nothing in language 'es'",
+            "line 2: question '8' has nothing in language 'es'; it has en",
         ),
         (
             {**OWN, "id": "8", "prompts": {"en": "x", "es": " "}},

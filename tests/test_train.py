@@ -264,7 +264,7 @@ def test_rankc_reports_the_same_numbers_as_the_run(world, alone):
 
 
 BAD = [
-    (["--langs", "en", "xx"], "nothing in language 'xx'"),
+    (["--langs", "en", "xx"], "has nothing in language 'xx'; it has en, es, fr"),
     (["--langs", "en"], "two languages or more"),
     (["--train_questions", "12"], "there are 11"),
     (["--trust", "en=0"], "must be positive"),
@@ -296,6 +296,15 @@ def test_a_folder_that_holds_something_is_refused_before_any_work(world, alone):
 def test_a_gamma_of_another_rank_warns_and_trains(world):
     text = train(world, world / "rank", "--langs", "en", "es", "--gamma", "0.1", "1")
     assert "rank 2" in text and (world / "rank" / "model.safetensors").exists()
+
+
+def test_the_embedded_defaults_give_way_to_what_is_asked():
+    import train
+
+    assert train.embedded_defaults(train.Config(langs=["en", "sw"]))["trust"] == ["en=2"]
+    assert "trust" not in train.embedded_defaults(train.Config(langs=["fr", "es"]))
+    assert "trust" not in train.embedded_defaults(train.Config(gamma=["0.1", "10"]))
+    assert train.embedded_defaults(train.Config(model="some/model")) == {}
 
 
 def test_data_of_ones_own_needs_a_model(world):
