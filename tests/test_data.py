@@ -66,6 +66,16 @@ def test_bmlama_keeps_translations_that_repeat_and_finds_gold_by_position(tmp_pa
     assert question.answers["es"] == ("Lima", "Bogota", "Lima") and question.gold == 2
 
 
+def test_bmlama_53_ends_lines_otherwise_and_has_the_gold_answer_anywhere(tmp_path):
+    for lang in ("fi", "sv"):
+        rows = (
+            "Prompt\tAns\tCandidate Ans\tSubject\nX kuoli <mask>: ssä.\tRooma\tRooma, Venetsia\tX\n"
+        )
+        (tmp_path / f"{lang}.tsv").write_text(rows)
+    (question,) = data.load(f"bmlama:{tmp_path}", ["fi", "sv"])
+    assert question.gold == 0 and question.answers["fi"] == ("Rooma: ssä.", "Venetsia: ssä.")
+
+
 def test_bmlama_rows_that_open_with_the_mask_are_dropped_everywhere_and_counted(tmp_path):
     said = []
     opening = ["<mask> da hiriburua.", *EN[1:]]
