@@ -4,6 +4,7 @@ Covers the measures of sections 5, 6.4 and 6.5 and App. I, and the forecast that
 before a step is taken. Leaves out training (train.py). A score table is (L, Q, K): languages,
 questions, candidates; a question with fewer than K has -inf in the places left, in every language.
 """
+import gc
 import json
 import math
 import os
@@ -462,11 +463,13 @@ def run(main: Callable) -> None:
     """Run a command line: bad input ends it with its message, told once, and status 2."""
     try:
         main()
+        dist.barrier()  # leave together: a process that goes first can abort the others' threads
     except data.InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
+        gc.collect()  # DDP's reducer holds the group in a cycle, and would outlive it
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -203,3 +203,16 @@ def test_bfloat16_autocast_keeps_the_mask(attention):
     assert rounded.dtype == torch.float32 and not rounded.isnan().any()
     there = exact.isfinite()
     assert (rounded - exact)[there].abs().mean() < 0.05 * exact[there].abs().mean()
+
+
+def test_logits_are_computed_only_where_a_row_scores_something():
+    """Letters after prompts of several lengths: a row each, one column of logits for all."""
+    model, asked = tiny_llama(100), []
+    trees = [data.Tree(list(range(1, n)), [[1], [2], [3], [4]]) for n in (90, 92, 95, 98)]
+    assert dco.spread([tree.tokens() for tree in trees], 32) == [3, 2, 1, 0]
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: asked.append(kwargs["logits_to_keep"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        dco.completion_logps(model, trees)
+    assert len(asked[0]) == 1

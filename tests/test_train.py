@@ -101,6 +101,10 @@ def assert_same(a, b, rtol=1e-4, atol=2e-5):
     assert weights(a).keys() == weights(b).keys()
     for name, value in weights(a).items():
         torch.testing.assert_close(value, weights(b)[name], rtol=rtol, atol=atol)
+    logs = [[json.loads(line) for line in (out / "log.jsonl").open()] for out in (a, b)]
+    for ours, theirs in zip(*logs, strict=True):  # Adam and clipping hide the gradient's scale
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
     ours, theirs = (json.loads((out / "metrics.json").read_text()) for out in (a, b))
     for split in ("train", "test"):
         assert ours[split]["trained"]["clc"] == pytest.approx(theirs[split]["trained"]["clc"])
@@ -200,9 +204,9 @@ def test_the_first_loss_is_the_closed_form_in_the_reference_margins(alone):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_together_train_what_one_process_trains(world, alone, processes):
-    """Uneven shares included: 9 rows in a step, 3 in the last."""
+    """Uneven shares included: 9 rows in a step, 3 in the last; several packs for each process."""
     out = world / f"ranks{processes}"
-    train(world, out, processes=processes)
+    train(world, out, "--max_tokens", 100, processes=processes)
     assert_same(out, alone[0])
 
 
@@ -233,6 +237,24 @@ def test_the_pairwise_objective_trains_two_languages_a_question_and_is_joint_for
     for objective in ("joint", "pairwise"):
         train(world, world / f"two-{objective}", "--langs", "en", "fr", "--objective", objective)
     assert_same(world / "two-joint", world / "two-pairwise")
+
+
+def test_a_pairwise_target_comes_from_the_other_language_alone():
+    import data
+    import train
+
+    langs = ["en", "es", "fr"]
+    answers = dict.fromkeys(langs, ("a", "b", "c"))
+    questions = [data.Question(str(i), "", 0, dict.fromkeys(langs, "x"), answers) for i in range(9)]
+    trees = [[data.Tree([1], [[1], [2], [3]])] * 3] * 9
+    gamma, seen = torch.ones(3, 3).fill_diagonal_(0), set()
+    config = train.Config(langs=langs, objective="pairwise", candidates=3)
+    for items in train.draw(questions, trees, torch.randn(3, 9, 3), gamma, config):
+        for item in items:
+            a, b = item.used
+            seen.add((a, b))
+            torch.testing.assert_close(item.r_align[[a, b]], item.ref[[b, a]])
+    assert seen == {(0, 1), (0, 2), (1, 2)}
 
 
 def test_rankc_reports_the_same_numbers_as_the_run(world, alone):
