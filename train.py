@@ -352,7 +352,7 @@ def main() -> None:
     say(rankc.report(splits, tables, langs, metrics))
     last = list(splits)[-1]
     say(f"\nanswers that changed in {last}, the first few questions:")
-    say(changes(splits[last], base[last], tables["trained"][last], langs))
+    say(changes(splits[last], base[last], tables["trained"][last], langs) or "  none")
     if rank == 0:
         metrics |= {"seconds": seconds, "tokens": {"train": tokens}}
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
