@@ -257,6 +257,35 @@ def test_a_pairwise_target_comes_from_the_other_language_alone():
     assert seen == {(0, 1), (0, 2), (1, 2)}
 
 
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_the_steps_bring_the_policy_to_the_optimal_one(process_group, beta):
+    """Lemma 2 on a network: trained on two questions, its log-odds are those of pi* (Eq. 10)."""
+    import data
+    import dco
+    import rankc
+    import train
+
+    langs, answers = ["en", "es"], [[5, 6], [7], [8, 9]]
+    trees = [[data.Tree([q + 1, lang + 3], answers) for lang in (0, 1)] for q in (10, 20)]
+    config = train.Config(
+        langs=langs, beta=beta, lr=3e-3, epochs=200, candidates=3, trust=["en=2"], log_every=100
+    )
+    questions = [
+        data.Question(
+            str(q), "", 0, dict.fromkeys(langs, "x"), dict.fromkeys(langs, ("a", "b", "c"))
+        )
+        for q in (0, 1)
+    ]
+    model, log, gamma = tiny_llama(100), [], rankc.gamma_matrix(config)
+    reference = rankc.score(model, trees, config, "reference", packed=True)
+    steps = train.draw(questions, trees, reference, gamma, config)
+    train.optimise(model, steps, 200, config, True, log.append)
+    wanted = dco.optimal_policy(reference.transpose(0, 1).double(), gamma, beta)
+    reached = rankc.score(model, trees, config, "evaluate", packed=True).transpose(0, 1).double()
+    torch.testing.assert_close(reached.log_softmax(-1).exp(), wanted.exp(), rtol=0, atol=0.05)
+    assert log[-1]["consistent"] == 1
+
+
 def test_rankc_reports_the_same_numbers_as_the_run(world, alone):
     out, _ = alone
     text = launch(
