@@ -282,7 +282,7 @@ def test_the_steps_bring_the_policy_to_the_optimal_one(process_group, beta):
     train.optimise(model, steps, 200, config, True, log.append)
     wanted = dco.optimal_policy(reference.transpose(0, 1).double(), gamma, beta)
     reached = rankc.score(model, trees, config, "evaluate", packed=True).transpose(0, 1).double()
-    torch.testing.assert_close(reached.log_softmax(-1).exp(), wanted.exp(), rtol=0, atol=0.05)
+    torch.testing.assert_close(reached.log_softmax(-1), wanted, rtol=0, atol=0.2)
     assert log[-1]["consistent"] == 1
 
 
