@@ -463,13 +463,13 @@ def run(main: Callable) -> None:
     """Run a command line: bad input ends it with its message, told once, and status 2."""
     try:
         main()
-        dist.barrier()  # leave together: a process that goes first can abort the others' threads
+        dist.barrier()  # leave together: a process that left early has aborted, now and then
     except data.InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        gc.collect()  # DDP's reducer holds the group in a cycle, and would outlive it
+        gc.collect()  # what still holds the group, as DDP may, goes before it
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -105,6 +105,12 @@ def test_a_model_that_refuses_the_mask_falls_back_to_separate_rows():
         torch.testing.assert_close(apart[t, : len(row)], torch.stack(row), rtol=1e-4, atol=1e-4)
 
 
+def test_questions_longer_than_a_sliding_window_are_found_out(monkeypatch):
+    for window, packs in ((6, False), (64, True)):
+        monkeypatch.setitem(FAMILIES, "mistral", {**SMALL, "sliding_window": window})
+        assert dco.packs_exactly(tiny("mistral", "sdpa"), some_trees(1)) == packs
+
+
 def test_a_model_that_ignores_the_mask_is_found_out():
     model, trees = tiny("llama", "sdpa"), some_trees(3)
     forward = model.forward
