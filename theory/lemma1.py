@@ -1,7 +1,7 @@
-"""Lemma 1 (App. D.1): two languages rank alike if gamma_1 gamma_2 = beta^2, and only then.
+"""Lemma 1: two languages rank alike iff gamma_1 gamma_2 = beta^2.
 
-Why. Let (a, b) be a pair of answers' log-odds under the reference in the two languages, and G_i =
-gamma_i / beta. By Eq. 9 its log-odds under pi* are
+Why (App. D.1). Let (a, b) be the log-odds of a pair of answers under the reference in the two
+languages, and G_i = gamma_i / beta. By Eq. 9 its log-odds under pi* are
 
     (a + G_1 b, b + G_2 a),    in matrix form Gamma (a, b).
 

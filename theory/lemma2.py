@@ -1,8 +1,8 @@
-"""Lemma 2 (App. D.2): Eq. 11's minimum is r_ALIGN + c(x), so pi*; no other iff the pairs connect.
+"""Lemma 2: Eq. 11 ends at r_ALIGN + c(x), and there alone iff its pairs connect.
 
-Why. Each term of Eq. 11 is |d_w - d_l| for d = r-hat - r_ALIGN, one number an answer. The loss is
-zero iff d agrees at both ends of every sampled pair. The paper shows that r_ALIGN + c is *a*
-minimiser. Is it the only one? See the sampled pairs as the edges of a graph whose nodes are the
+Why (App. D.2). Each term of Eq. 11 is |d_w - d_l| for d = r-hat - r_ALIGN, one number an answer.
+The loss is zero iff d agrees at both ends of every sampled pair. The paper shows that r_ALIGN + c
+is *a* minimiser. Is it the only one? See the sampled pairs as edges of a graph whose nodes are the
 answers: d is constant on each connected part, and free between parts. So r-hat = r_ALIGN + c(x)
 follows iff the graph is connected, for which K - 1 pairs can do and fewer never; then log pi =
 log pi_REF + r-hat / beta + const is pi*. Where it is not, one part may be lifted against another at

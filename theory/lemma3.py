@@ -1,8 +1,8 @@
-"""Lemma 3 (App. E): N languages rank alike if Gamma has rank one, and only then: Gamma_ij = w_j / w_i.
+"""Lemma 3: N languages rank alike iff Gamma_ij = w_j / w_i, w > 0.
 
-Why. For a pair of answers with reference log-odds x, one a language, pi*'s are Gamma x (Eq. 10). If
-Gamma has rank one with a unit diagonal, Gamma_ij = Gamma_i1 Gamma_1j = w_j / w_i for w_j = Gamma_1j:
-pi*_i's log-odds are (1 / w_i) sum_j w_j x_j, one number over a positive one, so of one sign.
+Why (App. E). For a pair of answers with reference log-odds x, one a language, pi*'s are Gamma x
+(Eq. 10). If Gamma has rank one and a unit diagonal, Gamma_ij = Gamma_i1 Gamma_1j = w_j / w_i for
+w_j = Gamma_1j: pi*_i's log-odds are (1 / w_i) sum_j w_j x_j, so of one sign in all languages.
 The rest is not in the paper. *Converse*: take two rows that are not proportional. They are linearly
 independent, so Gamma_i x = 1, Gamma_j x = -1 has a solution, a reference on which pi* contradicts
 itself. Two languages have one such pair of rows, and rank one is gamma_1 gamma_2 = beta^2: Lemma 1.

@@ -1,4 +1,4 @@
-"""Eqs. 7 to 10: pi* is the one maximiser of J, and J(pi*) - J(pi) = beta KL(pi || pi*) exactly.
+"""Eqs. 7-10: pi* is the one maximiser: J(pi*) - J(pi) = beta KL(pi || pi*).
 
 Why. J is Eq. 7. In one language, with Z = sum_y pi_REF(y) exp(r(y) / beta), the definition of pi*
 (Eq. 8) says r = beta (log pi* - log pi_REF + log Z). Put that into J, for any policy pi:
@@ -56,7 +56,7 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     ref = torch.rand(draws, 3, 4, generator=g, dtype=torch.double).mul(2).log_softmax(-1)
     gamma = torch.rand(3, 3, generator=g, dtype=torch.double).div(2).fill_diagonal_(0)
     there = ascend(ref, dco.align_reward(ref, gamma), 1.0)
-    yield Finding("gradient ascent of J on a table of logits ends at pi* (gap in nats of KL)", draws,
-                  float(kl(there, dco.optimal_policy(ref, gamma, 1.0)).max()))
-    yield Finding("without beta > 0, pi* is the worst policy: J(pi*) - J(pi) = -|beta| KL(pi || pi*)",
+    yield Finding("gradient ascent of J on a table of logits ends at pi* (gap in nats of KL)",
+                  draws, float(kl(there, dco.optimal_policy(ref, gamma, 1.0)).max()))
+    yield Finding("without beta > 0, pi* is the worst: J(pi*) - J(pi) = -|beta| KL(pi || pi*)",
                   draws, worst)

@@ -1,4 +1,4 @@
-"""Eq. 15, sec. 6.1: training random pairs of languages does not minimise the N-language objective.
+"""Eq. 15: random pairs of languages do not minimise it.
 
 Why. Eq. 11 is written for two languages. For N = 12 the authors' release draws a random pair of
 them for each instance, so language i meets one expert j at a time, and its expected loss is
@@ -62,7 +62,7 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     yield Finding("four languages: pi* contradicts itself nowhere", draws,
                   float(contradiction(joint).max()))
     consistent = int((contradiction(pairwise) < 1e-6).sum())
-    yield Finding("four languages: the pairwise minimum is consistent in no draw (gap: their share)",
+    yield Finding("four languages: the pairwise minimum is consistent in no draw (gap: share)",
                   draws, consistent / draws, 0.05, shown=(
                       f"mean CLC {mean_clc(ref):.2f} before, {mean_clc(joint):.2f} joint, "
                       f"{mean_clc(pairwise):.2f} pairwise; consistent in {consistent} of {draws}"))
