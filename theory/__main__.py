@@ -27,8 +27,9 @@ def verify(name: str, draws: int, seed: int, working: bool) -> bool:
                   f"allowed {f.allowed:.0e}" + f"\n      {f.shown}" * bool(f.shown))
         print(f"\n{name}: {'PASS' if holds else 'FAIL'}, {time.time() - begun:.1f} s\n")
     else:
-        print(f"{verdict(worst)} {name:<18} {source:<9} {words:<79} {max(f.draws for f in findings):>5}"
-              f" {abs(worst.gap):9.1e} {worst.allowed:9.1e}", flush=True)
+        most = max(f.draws for f in findings)
+        print(f"{verdict(worst)} {name:<18} {source:<9} {words:<78} {most:>5} "
+              f"{abs(worst.gap):9.1e} {worst.allowed:9.1e}", flush=True)
     return holds
 
 
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     begun, names = time.time(), args.claims or CLAIMS
     if not args.claims:
-        print(f"     {'claim':<18} {'paper':<9} {'in words':<79} {'draws':>5} {'worst gap':>9} "
+        print(f"     {'claim':<18} {'paper':<9} {'in words':<78} {'draws':>5} {'worst gap':>9} "
               f"{'allowed':>9}")
     failed = [name for name in names
               if not verify(name, args.draws, args.seed, bool(args.claims))]

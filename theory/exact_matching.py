@@ -3,8 +3,8 @@
 Why. Let one language's log-odds be c > 0 times the other's: Def. 1 holds, for each pair has one
 sign. Yet hold language 1 by beta KL(pi || pi_REF,1) and pull it by penalty KL(pi || pi_REF,2): the
 sum is (beta + penalty) KL(pi || mixed) + const, where mixed has the mean of their log-odds, so
-weighted. So the optimum moves a language that contradicts nothing. DCO lets each keep its temperature: under
-Lemma 3 log-odds in language i are w_j / w_i times those in j.
+weighted: the optimum moves a language that contradicts nothing. DCO lets each keep its temperature:
+under Lemma 3 log-odds in language i are w_j / w_i times those in j.
 From which follows what App. C does not say. With equal trust, the paper's gamma = beta = 1, that
 factor is 1, and pi* is one and the same *distribution* in every language: the match that App. C
 argues against. Languages differ in sharpness under pi* only if they differ in trust.

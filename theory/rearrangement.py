@@ -45,7 +45,7 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     yield Finding("of all K! orders the best is the other language's (gap: exceptions)",
                   draws, out_of_order)
     yield Finding("exchanging two probabilities adds the product of the differences", draws, gain)
-    odds = torch.tensor([[4.0, 0.0], [-1.0, 0.0]], dtype=torch.double)  # language 2 disagrees, a bit
+    odds = torch.tensor([[4.0, 0.0], [-1.0, 0.0]], dtype=torch.double)  # 2 disagrees, a bit
     policy = dco.optimal_policy(odds.log_softmax(-1), matrix(1.0, 1.0), 1.0)
     yield Finding("yet pi* itself is not: log-odds 4 against the reward's -1 give it 3", 1,
                   float((policy[:, 0] - policy[:, 1] - 3).abs().max()), shown=(
