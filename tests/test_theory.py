@@ -193,7 +193,7 @@ def test_two_languages_never_lose_an_agreement_on_the_way(seed, K, trust):
 
 
 def test_more_languages_lose_agreement_on_the_way():
-    """Log-odds (1, 2, 3, -30), equal trust: at share t, (1 - t) x_i - 24 t; each turns at its time."""
+    """Log-odds (1, 2, 3, -30), equal trust: at share t, (1 - t) x_i - 24 t."""
     ref = of_odds(1.0, 2.0, 3.0, -30.0)
     gamma = dco.gamma_from_trust(torch.ones(4, dtype=torch.double), 1.0)
     path = part_way(ref, gamma, torch.tensor([[0.0], [0.05], [0.09], [1.0]], dtype=torch.double))

@@ -9,7 +9,8 @@ least absolute deviations, whose minimum is at a *median* of the experts, where 
 their *sum*. For two languages the two are one. For more, no Gamma describes the median, and its
 policy contradicts itself. With reference log-odds (9, -1, -1, -1), gamma = beta = 1, the sum is 6:
 pi* prefers the first answer everywhere. By medians the first language has 9 - 1 and the others
--1 - 1. (Squared deviations would regress on the mean: Eq. 15, once gamma is multiplied by N - 1.)
+-1 - 1. (The minimum need not be unique; descent's is taken. Squared deviations would regress on the
+mean, which is Eq. 15 once gamma is multiplied by N - 1.)
 """
 from collections.abc import Iterator
 
