@@ -271,6 +271,8 @@ def test_a_claim_that_fails_is_named_and_the_status_is_1(capsys, monkeypatch):
 
 
 def test_a_gap_that_is_not_a_number_fails():
+    assert math.isnan(theory.worst(0.0, torch.tensor([1.0, math.nan]), 2.0))
+    assert theory.worst(0.0, torch.tensor([[1.0], [3.0]]), 2) == 3.0
     assert theory.__main__.verdict(theory.Finding("", 1, math.nan)) == "FAIL"
 
 

@@ -29,7 +29,7 @@ def rng(seed: int) -> Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def integer(g: Generator, low: int, high: int) -> int:
+def whole(g: Generator, low: int, high: int) -> int:
     """From low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=g))
 
@@ -42,6 +42,16 @@ def positive(g: Generator, *shape: int) -> Tensor:
 def table(g: Generator, *shape: int) -> Tensor:
     """Log-probs over the last axis, nats, float64: from nearly even to one answer at 0.99."""
     return torch.randn(shape, generator=g, dtype=torch.double).mul(2).log_softmax(-1)
+
+
+def from_odds(odds: Tensor) -> Tensor:
+    """Log-probs of two answers with these log-odds: (...) -> (..., 2)."""
+    return torch.stack([odds, torch.zeros_like(odds)], -1).log_softmax(-1)
+
+
+def to_odds(logps: Tensor) -> Tensor:
+    """Of the first of two answers: (..., 2) -> (...)."""
+    return logps[..., 0] - logps[..., 1]
 
 
 def margins(x: Tensor) -> Tensor:
@@ -57,6 +67,12 @@ def contradiction(logps: Tensor) -> Tensor:
     """
     m = margins(logps)  # (..., L, K, K)
     return torch.minimum(m[..., :, None, :, :], -m[..., None, :, :, :]).amax((-1, -2, -3, -4))
+
+
+def worst(*gaps: float | Tensor) -> float:
+    """The largest; NaN if any is NaN, which Python's max would pass over."""
+    largest = [torch.as_tensor(gap, dtype=torch.double).amax() for gap in gaps]
+    return float(torch.stack(largest).amax())
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

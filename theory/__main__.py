@@ -5,6 +5,7 @@ import sys
 import time
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from theory import CLAIMS, Finding
 
@@ -51,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("--plot draws all three figures: leave the claims out")
         if not find_spec("matplotlib"):
             parser.error("--plot needs matplotlib: pip install -e '.[plot]'")
+        if Path(args.plot).is_file():
+            parser.error(f"--plot {args.plot} is a file: name a folder")
         import_module("theory.figures").draw(args.plot, args.seed)
         return 0
     begun, names = time.time(), args.claims or CLAIMS

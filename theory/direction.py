@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 import dco
-from theory import Finding, integer, kl, positive, rng, table
+from theory import Finding, kl, positive, rng, table, whole, worst
 from theory.lemma1 import matrix
 
 
@@ -27,20 +27,20 @@ def moved(ref: torch.Tensor, gamma: torch.Tensor, beta: float) -> torch.Tensor:
 def check(draws: int, seed: int) -> Iterator[Finding]:
     g, slope_gap, errors, same, nearer = rng(seed), 0.0, 0, 0.0, 0
     for _ in range(draws):
-        L, beta = integer(g, 2, 5), float(positive(g))
-        ref = (table(g, L, integer(g, 2, 8)) / 2).log_softmax(-1)
+        L, beta = whole(g, 2, 5), float(positive(g))
+        ref = (table(g, L, whole(g, 2, 8)) / 2).log_softmax(-1)
         gamma, w = positive(g, L, L).fill_diagonal_(0), positive(g, L)
         t = positive(g).requires_grad_()
         (slope,) = torch.autograd.grad(moved(ref, t * gamma, beta).sum(), t)
         s, t = dco.align_reward(ref, gamma) / beta, t.detach()
         p = dco.optimal_policy(ref, t * gamma, beta).exp()
         variance = (p * (s - (p * s).sum(-1, keepdim=True))**2).sum(-1)
-        slope_gap = max(slope_gap, float((slope - t * variance.sum()).abs()))
+        slope_gap = worst(slope_gap, (slope - t * variance.sum()).abs())
         en, sw = zip(*(moved(ref[:2], matrix(x, 1 / x), 1.0).tolist() for x in (0.1, 1.0, 10.0)))
         errors += not (en[0] < en[1] < en[2] and sw[0] > sw[1] > sw[2])
         nearer += not (moved(ref, gamma, 2 * beta) <= moved(ref, gamma, beta) + 1e-12).all()
         at = [dco.optimal_policy(ref, dco.gamma_from_trust(w, b), b) for b in (beta, 10 * beta)]
-        same = max(same, float((at[0] - at[1]).abs().max()))
+        same = worst(same, (at[0] - at[1]).abs())
     yield Finding("d/dt KL(pi*_i || pi_REF,i) = t Var(s), never negative", draws, slope_gap)
     yield Finding("English first, (0.1, 10) moves English least, (10, 0.1) most (gap: exceptions)",
                   draws, errors, shown=f"KL of English, of Swahili at (0.1, 10): {en[0]:.3f}, "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dco
-from theory import Finding, positive, rng, table
+from theory import Finding, positive, rng, table, to_odds
 from theory.lemma1 import matrix
 from theory.lemma2 import descend
 
@@ -34,7 +34,7 @@ def descent(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int, step: f
 
 def margin(logps: Tensor, ref: Tensor, beta: float) -> Tensor:
     """Of r-hat, between two answers: (..., 2) -> (...)."""
-    return dco.implicit_reward(logps, ref, beta).diff(dim=-1).neg()[..., 0]
+    return to_odds(dco.implicit_reward(logps, ref, beta))
 
 
 def labelled(p: Tensor, pairs: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -57,7 +57,7 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     r = dco.align_reward(ref, matrix(*positive(g, 2).tolist()))
     end = margin(descend(lambda y: dco.dco_loss(y, ref, r, beta) / beta, ref), ref, beta)
     yield Finding("DCO's margin ends at its target", draws,
-                  float((end - (r[..., 0] - r[..., 1])).abs().max()))
+                  float((end - to_odds(r)).abs().max()))
     for K in (2, 3):
         ref, pairs = table(g, draws, K), torch.combinations(torch.arange(K))
         p = 0.2 + 0.6 * torch.rand(draws, len(pairs), generator=g, dtype=torch.double)
@@ -73,6 +73,6 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
                       + (", m = log p / (1 - p)" if K == 2 else ""), draws, float(gap))
     ref, gamma = table(g, draws, 2, 2), matrix(*positive(g, 2).tolist())
     matched = margin(dco.optimal_policy(ref, gamma, beta), ref, beta)[:, 0].sigmoid()
-    exact = (gamma[0, 1] * (ref[:, 1, 0] - ref[:, 1, 1])).sigmoid()
+    exact = (gamma[0, 1] * to_odds(ref[:, 1])).sigmoid()
     yield Finding("at DCO's minimum Bradley-Terry is sigmoid(gamma_1 x the other's log-odds)",
                   draws, float((matched - exact).abs().max()))

@@ -9,7 +9,7 @@ import matplotlib
 import torch
 
 import dco
-from theory import rng, table
+from theory import from_odds, rng, table, to_odds
 from theory.dpo_unbounded import descent, margin
 from theory.lemma1 import matrix
 from theory.random_pairs import compare, mean_clc
@@ -36,11 +36,9 @@ def contradictions(seed: int) -> plt.Figure:
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.9), sharey=True, layout="constrained")
     line = torch.linspace(-4, 4, 401, dtype=torch.double)
     a, b = torch.meshgrid(line, line, indexing="xy")  # log-odds in languages 1 and 2
-    ref = torch.stack([a, b], -1)
-    ref = torch.stack([ref, torch.zeros_like(ref)], -1).log_softmax(-1)  # (401, 401, 2, 2)
+    ref = from_odds(torch.stack([a, b], -1))  # (401, 401, 2, 2)
     for ax, (gamma_1, gamma_2) in zip(axes, [(0.5, 0.5), (0.5, 2.0), (2.0, 2.0)], strict=True):
-        best = dco.optimal_policy(ref, matrix(gamma_1, gamma_2), 1.0)
-        odds = best[..., 0] - best[..., 1]
+        odds = to_odds(dco.optimal_policy(ref, matrix(gamma_1, gamma_2), 1.0))
         bad = (odds[..., 0] > 1e-9) & (odds[..., 1] < -1e-9)
         bad |= (odds[..., 0] < -1e-9) & (odds[..., 1] > 1e-9)
         ax.contourf(a, b, (a * b < 0).double(), levels=[0.5, 1.5], colors=[GREY])
@@ -67,7 +65,7 @@ def dpo_and_dco(seed: int, steps: int = 2000) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     axes[0].plot(dpo, color=RED)
     axes[1].plot(to_target[..., 0], color=BLUE)
-    for target in (r[:, 0, 0] - r[:, 0, 1]).tolist():
+    for target in to_odds(r[:, 0]).tolist():
         axes[1].axhline(target, color="black", lw=0.7, ls=":")
     axes[0].set(title="DPO: all pairs alike, and no end to it", ylabel="margin of r-hat, nats")
     axes[1].set(title="DCO: each to its target (dotted), and no further")
@@ -88,5 +86,5 @@ def objectives(seed: int, draws: int = 40) -> plt.Figure:
     ax.set(xlabel="languages N", ylabel="CLC (mean RankC)", ylim=(0, 1.05), xticks=numbers,
            title=f"Minima of the two objectives, {draws} draws")
     ax.grid(alpha=0.3)
-    ax.legend()
+    ax.legend(loc="lower left")
     return figure

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import dco
-from theory import Finding, contradiction, integer, margins, positive, rng, table
+from theory import Finding, contradiction, from_odds, margins, positive, rng, table, to_odds, whole
 
 
 def matrix(gamma_1: float, gamma_2: float) -> Tensor:
@@ -31,7 +31,7 @@ def contradicting_reference(gamma_1: float, gamma_2: float, beta: float) -> Tens
     """A reference (2, 2) on which pi* has log-odds +1 in one language, -1 in the other."""
     Gamma = matrix(gamma_1, gamma_2) / beta + torch.eye(2)
     odds = torch.linalg.solve(Gamma, torch.tensor([1.0, -1.0], dtype=torch.double))
-    return torch.stack([odds, torch.zeros_like(odds)], -1).log_softmax(-1)
+    return from_odds(odds)
 
 
 def check(draws: int, seed: int) -> Iterator[Finding]:
@@ -39,19 +39,19 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     wanted = torch.tensor([1.0, -1.0], dtype=torch.double)
     for _ in range(draws):
         gamma_1, beta, off = (float(positive(g)) for _ in range(3))
-        ref = table(g, 2, integer(g, 2, 8))
+        ref = table(g, 2, whole(g, 2, 8))
         best = dco.optimal_policy(ref, matrix(gamma_1, beta**2 / gamma_1), beta)
         line = margins(best[1]) - beta / gamma_1 * margins(best[0])
         gamma_2 = beta**2 / gamma_1 * (1 + off)  # or the other way round, beside beta^2 / gamma_1
-        gamma_2 = gamma_2 if integer(g, 0, 1) else beta**4 / gamma_1**2 / gamma_2
+        gamma_2 = gamma_2 if whole(g, 0, 1) else beta**4 / gamma_1**2 / gamma_2
         bad = contradicting_reference(gamma_1, gamma_2, beta)
-        odds = dco.optimal_policy(bad, matrix(gamma_1, gamma_2), beta).diff(dim=-1)[:, 0].neg()
+        odds = to_odds(dco.optimal_policy(bad, matrix(gamma_1, gamma_2), beta))
         upside = dco.optimal_policy(ref, matrix(-gamma_1, -(beta**2) / gamma_1), beta)
         turned = margins(upside[1]) + beta / gamma_1 * margins(upside[0])
         gaps.append([float(x.abs().max()) for x in (contradiction(best), line, odds - wanted,
                                                     turned)])
     alike, line, converse, turned = torch.tensor(gaps).amax(0).tolist()
-    a, b = (bad[:, 0] - bad[:, 1]).tolist()
+    a, b = to_odds(bad).tolist()
     yield Finding("no pair of answers is contradicted (gap in nats of log-odds)", draws, alike)
     yield Finding("pi*'s log-odds in language 2 are gamma_2 / beta times those in language 1",
                   draws, line)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dco
-from theory import Finding, integer, kl, margins, positive, rng, table
+from theory import Finding, kl, margins, positive, rng, table, whole, worst
 from theory.product_of_experts import objective
 
 
@@ -42,7 +42,7 @@ def descend(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 def tree(g: torch.Generator, K: int) -> Tensor:
     """K - 1 pairs that connect K answers, drawn at random: (K - 1, 2)."""
     order = torch.randperm(K, generator=g).tolist()
-    return torch.tensor([[order[k], order[integer(g, 0, k - 1)]] for k in range(1, K)])
+    return torch.tensor([[order[k], order[whole(g, 0, k - 1)]] for k in range(1, K)])
 
 
 def check(draws: int, seed: int) -> Iterator[Finding]:
@@ -56,10 +56,10 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         loss = loss_over(pairs, found, ref, r, beta)
         off = margins(dco.implicit_reward(found, ref, beta) - r).abs().max()
         yield Finding(f"{name}: descent from a random start ends at r-hat = r_ALIGN + c(x)", draws,
-                      float(max(off, loss.max())))
+                      worst(off, loss))
         lost = objective(best, ref, r, beta) - objective(found, ref, r, beta)
         yield Finding(f"{name}: the policy found has the highest J of Eq. 7, as RL would", draws,
-                      float(max(lost.max(), kl(found, best).max())))
+                      worst(lost, kl(found, best)))
     parts = torch.tensor([[0, 1], [2, 3], [3, 4]])  # nothing between {0, 1} and {2, 3, 4}
     lifted = best.clone()
     lifted[..., :2] -= (best[..., :1] - best[..., 2:3]) - torch.tensor([[1.0], [-1.0]])
@@ -67,4 +67,4 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     odds = lifted[..., 0] - lifted[..., 2]  # answer 0 over answer 2: made +1 here and -1 there
     off = (odds - torch.tensor([1.0, -1.0])).abs().max()
     yield Finding("pairs that do not connect: zero loss, and the languages contradict each other "
-                  "by a nat", draws, float(max(off, loss_over(parts, lifted, ref, r, beta).max())))
+                  "by a nat", draws, worst(off, loss_over(parts, lifted, ref, r, beta)))

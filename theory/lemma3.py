@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dco
-from theory import Finding, contradiction, integer, positive, rng, table
+from theory import Finding, contradiction, from_odds, positive, rng, table, to_odds, whole
 from theory.lemma1 import matrix
 
 
@@ -29,14 +29,14 @@ def contradicting_reference(gamma: Tensor, beta: float, i: int, j: int) -> Tenso
     Gamma = gamma / beta + torch.eye(len(gamma), dtype=torch.double)  # Eq. 17
     wanted = torch.tensor([1.0, -1.0], dtype=torch.double)
     odds = torch.linalg.pinv(Gamma[[i, j]]) @ wanted
-    return torch.stack([odds, torch.zeros_like(odds)], -1).log_softmax(-1)
+    return from_odds(odds)
 
 
 def check(draws: int, seed: int) -> Iterator[Finding]:
     g, gaps, misjudged, printed = rng(seed), [], 0, 0
     for _ in range(draws):
-        L, beta = integer(g, 3, 6), float(positive(g))
-        ref, w = table(g, L, integer(g, 2, 8)), positive(g, L)
+        L, beta = whole(g, 3, 6), float(positive(g))
+        ref, w = table(g, L, whole(g, 2, 8)), positive(g, L)
         gamma = dco.gamma_from_trust(w, beta)
         best = dco.optimal_policy(ref, gamma, beta)
         consensus = ((w[:, None] * ref).sum(0) / w[:, None]).log_softmax(-1)
@@ -45,7 +45,7 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         w_of_it = torch.cat([torch.ones(1), rank_one[0, 1:] / beta])
         free = positive(g, L, L).fill_diagonal_(0)
         bad = contradicting_reference(free, beta, 0, 1)
-        odds = dco.optimal_policy(bad, free, beta)[:2].diff(dim=-1).neg()[:, 0]
+        odds = to_odds(dco.optimal_policy(bad, free, beta))[:2]
         gaps.append([float(x.abs().max()) for x in (
             contradiction(best), best - consensus, dco.gamma_from_trust(w_of_it, beta) - rank_one,
             odds - torch.tensor([1.0, -1.0]))])

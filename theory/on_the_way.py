@@ -19,7 +19,7 @@ from torch import Tensor
 
 import dco
 import rankc
-from theory import Finding, integer, positive, rng, table
+from theory import Finding, from_odds, positive, rng, table, to_odds, whole, worst
 
 
 def part_way(ref_logps: Tensor, gamma: Tensor, t: Tensor) -> Tensor:
@@ -36,26 +36,26 @@ def agreement(path: Tensor) -> Tensor:
 def check(draws: int, seed: int) -> Iterator[Finding]:
     g, fell, apart, dips = rng(seed), 0.0, 0.0, 0
     for _ in range(draws):
-        K = integer(g, 3, 8)
+        K = whole(g, 3, 8)
         ref, gamma = table(g, 2, K), dco.gamma_from_trust(positive(g, 2), 1.0)
         speed = torch.rand(200, 2, generator=g, dtype=torch.double).cumsum(0)  # uneven, never back
         clc = agreement(part_way(ref, gamma, speed / speed[-1]))
-        fell, apart = max(fell, float(-clc.diff().min())), max(apart, float(1 - clc[-1]))
+        fell, apart = worst(fell, -clc.diff()), worst(apart, 1 - clc[-1])
         ref, gamma = table(g, 3, K), dco.gamma_from_trust(positive(g, 3), 1.0)
         clc = agreement(part_way(ref, gamma, torch.arange(201).double()[:, None] / 200))
         dips += bool(clc.diff().min() < -1e-9)
-        apart = max(apart, float(1 - clc[-1]))
+        apart = worst(apart, 1 - clc[-1])
     yield Finding("two languages, any trust, any speeds: RankC never falls, question by question",
                   draws, fell)
     yield Finding("two or three languages: RankC is 1 in the end", draws, apart)
     odds = torch.tensor([1.0, 2.0, 3.0, -30.0], dtype=torch.double)  # three agree; the sum is -24
-    ref = torch.stack([odds, torch.zeros_like(odds)], -1).log_softmax(-1)
     gamma = dco.gamma_from_trust(torch.ones(4, dtype=torch.double), 1.0)
-    path = part_way(ref, gamma, torch.tensor([[0.0], [0.05], [1.0]], dtype=torch.double))
+    t = torch.tensor([[0.0], [0.05], [1.0]], dtype=torch.double)
+    path = part_way(from_odds(odds), gamma, t)
     low = rankc.chance(2) * 2 - 1  # RankC of two answers in opposite order
     agreeing = torch.tensor([3.0, 2.0, 6.0], dtype=torch.double)  # of 6 pairs
-    off = (path[1, :, 0] - path[1, :, 1] - 0.95 * odds + 0.05 * 24).abs().max()
+    off = (to_odds(path[1]) - 0.95 * odds + 0.05 * 24).abs().max()
     gap = (agreement(path) - low - agreeing / 6 * (1 - low)).abs().max()
     yield Finding("four at log-odds (1, 2, 3, -30): 3 of 6 pairs agree, at t = 0.05 only 2, then 6",
-                  1, float(max(off, gap)), shown=(
+                  1, worst(off, gap), shown=(
                       f"of three random languages the mean RankC falls in {dips} of {draws} draws"))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import dco
-from theory import Finding, positive, rng, table
+from theory import Finding, positive, rng, table, worst
 
 
 def world(likelihood: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,14 +63,14 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         joint, honest = world(table(g, 3, 4, 3).exp().transpose(1, 2))
         posterior = (joint / joint.sum(-1, keepdim=True)).log()
         pooled = pool(honest)
-        posterior_gap = max(posterior_gap, float((pooled - posterior[:, None]).abs().max()))
+        posterior_gap = worst(posterior_gap, (pooled - posterior[:, None]).abs())
         others = torch.cat([accuracy(joint, honest), accuracy(joint, pool(honest[:, :2])),
                             accuracy(joint, vote(honest))[None]])
-        short = max(short, float((others - accuracy(joint, pooled)[0]).max()))
+        short = worst(short, others - accuracy(joint, pooled)[0])
         s = positive(g, 3)
         reports = (honest * s[:, None]).log_softmax(-1)
         consensus = pool(reports, 1 / s)[:, 0] / s[0]
-        mended = max(mended, float((consensus.log_softmax(-1) - posterior).abs().max()))
+        mended = worst(mended, (consensus.log_softmax(-1) - posterior).abs())
     yield Finding("honest, unrelated experts: pi* is the Bayes posterior", draws, posterior_gap)
     yield Finding("so it is right no less often than each language, than fewer, than their vote "
                   "(gap: shortfall)", draws, short)

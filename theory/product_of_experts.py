@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dco
-from theory import Finding, integer, kl, positive, rng, table
+from theory import Finding, kl, positive, rng, table, whole
 
 
 def objective(logps: Tensor, ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
@@ -38,7 +38,7 @@ def ascend(ref_logps: Tensor, reward: Tensor, beta: float, steps: int = 2000) ->
 def check(draws: int, seed: int) -> Iterator[Finding]:
     g, gaps = rng(seed), []
     for _ in range(draws):
-        L, K, beta = integer(g, 2, 5), integer(g, 2, 8), float(positive(g))
+        L, K, beta = whole(g, 2, 5), whole(g, 2, 8), float(positive(g))
         ref, pi = table(g, L, K), table(g, L, K)
         gamma = positive(g, L, L).fill_diagonal_(0)
         reward = torch.stack([sum(gamma[i, j] * ref[j] for j in range(L) if j != i)

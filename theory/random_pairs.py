@@ -19,7 +19,7 @@ from torch import Tensor
 
 import dco
 import rankc
-from theory import Finding, contradiction, rng, table
+from theory import Finding, contradiction, from_odds, rng, table, to_odds
 from theory.lemma2 import descend
 
 
@@ -52,13 +52,12 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     yield Finding("two languages: the pairwise minimum is pi*", draws,
                   float((joint - pairwise).abs().max()))
     odds = torch.tensor([9.0, -1.0, -1.0, -1.0], dtype=torch.double)
-    ref = torch.stack([odds, torch.zeros(4)], -1).log_softmax(-1)
+    ref = from_odds(odds)
     gamma = torch.ones(4, 4, dtype=torch.double).fill_diagonal_(0)
-    found = [logps[:, 0] - logps[:, 1] for logps in (dco.optimal_policy(ref, gamma, 1.0),
-                                                     pairwise_optimum(ref, gamma, 1.0))]
+    found = map(to_odds, (dco.optimal_policy(ref, gamma, 1.0), pairwise_optimum(ref, gamma, 1.0)))
     by_hand = torch.tensor([[6.0] * 4, [8.0, -2.0, -2.0, -2.0]], dtype=torch.double)
     yield Finding("four languages at (9, -1, -1, -1): pi* has 6 in each, pairs (8, -2, -2, -2)", 1,
-                  float((torch.stack(found) - by_hand).abs().max()))
+                  float((torch.stack(list(found)) - by_hand).abs().max()))
     ref, joint, pairwise = compare(4, 6, draws, g)
     yield Finding("four languages: pi* contradicts itself nowhere", draws,
                   float(contradiction(joint).max()))

@@ -14,7 +14,7 @@ from math import exp
 import torch
 
 import rankc
-from theory import Finding, integer, rng, table
+from theory import Finding, rng, table, whole, worst
 
 
 def consist(order_1: list[int], order_2: list[int]) -> float:
@@ -31,22 +31,22 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         every = torch.tensor(list(permutations(range(N)))).double()  # all N! rankings, as scores
         first = every[:1].expand_as(every)
         scores, orders = rankc.rankc(first, every), orders + len(every)
-        gap = max(gap, abs(float(scores.mean()) - rankc.chance(N)))
+        gap = worst(gap, abs(float(scores.mean()) - rankc.chance(N)))
         errors += int(((scores > 1 - 1e-12) != (first == every).all(-1)).sum())
     told = ", ".join(f"{rankc.chance(N):.3f} for {N}" for N in (2, 3, 4, 5, 10))
     yield Finding("the mean over all N! rankings is sum_j w_j j / N, N = 2 .. 7", orders, gap,
                   shown=f"chance: {told}")
     yield Finding("RankC is 1 for equal rankings and no others (gap: exceptions)", orders, errors)
-    worst, renamed = 0.0, 0.0
+    printed, renamed = 0.0, 0.0
     for _ in range(draws):
-        N = integer(g, 2, 10)
+        N = whole(g, 2, 10)
         a, b = table(g, 2, N)
         score = float(rankc.rankc(a[None], b[None]))
         orders = (x.argsort(descending=True).tolist() for x in (a, b))
-        worst = max(worst, abs(score - consist(*orders)))
+        printed = worst(printed, abs(score - consist(*orders)))
         p = torch.randperm(N, generator=g)
-        renamed = max(renamed, abs(score - float(rankc.rankc(a[None, p], b[None, p]))))
-    yield Finding("rankc.rankc is App. I's definition in sets", draws, worst)
+        renamed = worst(renamed, (score - rankc.rankc(a[None, p], b[None, p])).abs())
+    yield Finding("rankc.rankc is App. I's definition in sets", draws, printed)
     yield Finding("renaming the answers alike in both languages changes nothing", draws, renamed)
     a, b, taste = table(g, 2000, 4), table(g, 2000, 4), torch.tensor([6.0, 4.0, 2.0, 0.0])
     shared = float(rankc.rankc(a + taste, b + taste).mean())

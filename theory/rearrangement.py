@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dco
-from theory import Finding, integer, positive, rng, table
+from theory import Finding, from_odds, positive, rng, table, to_odds, whole, worst
 from theory.lemma1 import matrix
 
 
@@ -28,7 +28,7 @@ def best_order(probs: Tensor, reward: Tensor) -> Tensor:
 def check(draws: int, seed: int) -> Iterator[Finding]:
     g, out_of_order, gain, unsorted = rng(seed), 0, 0.0, 0
     for _ in range(draws):
-        K, gamma_1 = integer(g, 3, 6), float(positive(g))
+        K, gamma_1 = whole(g, 3, 6), float(positive(g))
         ref = table(g, 2, K)
         gamma = matrix(gamma_1, 1 / gamma_1)
         reward = dco.align_reward(ref, gamma)[0]
@@ -39,14 +39,14 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         swapped = probs.clone()
         swapped[[k, j]] = probs[[j, k]]
         by_hand = (probs[j] - probs[k]) * (reward[k] - reward[j])
-        gain = max(gain, float((((swapped - probs) * reward).sum() - by_hand).abs()))
+        gain = worst(gain, (((swapped - probs) * reward).sum() - by_hand).abs())
         policy = dco.optimal_policy(ref, gamma, 1.0)[0]
         unsorted += policy.argsort().tolist() != reward.argsort().tolist()
     yield Finding("of all K! orders the best is the other language's (gap: exceptions)",
                   draws, out_of_order)
     yield Finding("exchanging two probabilities adds the product of the differences", draws, gain)
-    odds = torch.tensor([[4.0, 0.0], [-1.0, 0.0]], dtype=torch.double)  # 2 disagrees, a bit
-    policy = dco.optimal_policy(odds.log_softmax(-1), matrix(1.0, 1.0), 1.0)
+    ref = from_odds(torch.tensor([4.0, -1.0], dtype=torch.double))  # language 2 disagrees, a bit
+    policy = to_odds(dco.optimal_policy(ref, matrix(1.0, 1.0), 1.0))
     yield Finding("yet pi* itself is not: log-odds 4 against the reward's -1 give it 3", 1,
-                  float((policy[:, 0] - policy[:, 1] - 3).abs().max()), shown=(
+                  float((policy - 3).abs().max()), shown=(
                       f"at random, pi* is in its reward's order in {draws - unsorted} of {draws}"))
