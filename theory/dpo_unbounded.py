@@ -4,8 +4,8 @@ Why. Let m be the margin of r-hat between the preferred answer and the other. DP
 -log sigmoid(m), has the slope -sigmoid(-m): never zero, so no m is a minimum. A step of descent
 adds h sigmoid(-m) to m, so at least h / 2 to e^m: after t steps m >= log(1 + h t / 2), beyond every
 bound. DCO's loss, |m - target|, is zero at its target (Eq. 11), and ends there.
-The converse is not in the paper: DPO is bounded once a pair is labelled both ways. If a share p of
-the labels prefers the first answer, the slope is sigmoid(m) - p, and m = log p / (1 - p). With more
+The converse is not in the paper: DPO is bounded once pairs are labelled both ways. If a share p of
+the labels prefers the first of two, the slope is sigmoid(m) - p, and m = log p / (1 - p). With more
 answers m is the Bradley-Terry reward's, and the policy is Eq. 2 of that reward (sec. 3: DPO ends
 where a reward model and RL do). So what is unbounded is a *gold* label, never contradicted.
 App. F's sigmoid(beta (r-hat - r-hat)) has a beta too many, for r-hat holds it (Eqs. 4, 13). Without

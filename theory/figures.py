@@ -9,7 +9,7 @@ import matplotlib
 import torch
 
 import dco
-from theory import from_odds, rng, table, to_odds
+from theory import contradiction, from_odds, rng, table, to_odds
 from theory.dpo_unbounded import descent, margin
 from theory.lemma1 import matrix
 from theory.random_pairs import compare, mean_clc
@@ -38,9 +38,7 @@ def contradictions(seed: int) -> plt.Figure:
     a, b = torch.meshgrid(line, line, indexing="xy")  # log-odds in languages 1 and 2
     ref = from_odds(torch.stack([a, b], -1))  # (401, 401, 2, 2)
     for ax, (gamma_1, gamma_2) in zip(axes, [(0.5, 0.5), (0.5, 2.0), (2.0, 2.0)], strict=True):
-        odds = to_odds(dco.optimal_policy(ref, matrix(gamma_1, gamma_2), 1.0))
-        bad = (odds[..., 0] > 1e-9) & (odds[..., 1] < -1e-9)
-        bad |= (odds[..., 0] < -1e-9) & (odds[..., 1] > 1e-9)
+        bad = contradiction(dco.optimal_policy(ref, matrix(gamma_1, gamma_2), 1.0)) > 1e-9
         ax.contourf(a, b, (a * b < 0).double(), levels=[0.5, 1.5], colors=[GREY])
         ax.contourf(a, b, bad.double(), levels=[0.5, 1.5], colors=[RED])
         ax.plot(line, -line / gamma_1, color=BLUE, label="pi* has no preference in language 1")

@@ -51,8 +51,7 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     ref, joint, pairwise = compare(2, 6, draws, g)
     yield Finding("two languages: the pairwise minimum is pi*", draws,
                   float((joint - pairwise).abs().max()))
-    odds = torch.tensor([9.0, -1.0, -1.0, -1.0], dtype=torch.double)
-    ref = from_odds(odds)
+    ref = from_odds(torch.tensor([9.0, -1.0, -1.0, -1.0], dtype=torch.double))
     gamma = torch.ones(4, 4, dtype=torch.double).fill_diagonal_(0)
     found = map(to_odds, (dco.optimal_policy(ref, gamma, 1.0), pairwise_optimum(ref, gamma, 1.0)))
     by_hand = torch.tensor([[6.0] * 4, [8.0, -2.0, -2.0, -2.0]], dtype=torch.double)

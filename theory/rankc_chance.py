@@ -20,8 +20,8 @@ from theory import Finding, rng, table, whole, worst
 def consist(order_1: list[int], order_2: list[int]) -> float:
     """App. I as it is printed, in sets: two lists of answers, best first."""
     N = len(order_1)
-    whole = sum(exp(N - k) for k in range(1, N + 1))
-    return sum(exp(N - j) / whole * len({*order_1[:j]} & {*order_2[:j]}) / j
+    total = sum(exp(N - k) for k in range(1, N + 1))
+    return sum(exp(N - j) / total * len({*order_1[:j]} & {*order_2[:j]}) / j
                for j in range(1, N + 1))
 
 
@@ -42,8 +42,8 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         N = whole(g, 2, 10)
         a, b = table(g, 2, N)
         score = float(rankc.rankc(a[None], b[None]))
-        orders = (x.argsort(descending=True).tolist() for x in (a, b))
-        printed = worst(printed, abs(score - consist(*orders)))
+        best_first = (x.argsort(descending=True).tolist() for x in (a, b))
+        printed = worst(printed, abs(score - consist(*best_first)))
         p = torch.randperm(N, generator=g)
         renamed = worst(renamed, (score - rankc.rankc(a[None, p], b[None, p])).abs())
     yield Finding("rankc.rankc is App. I's definition in sets", draws, printed)
