@@ -8,7 +8,11 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+import re
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +36,17 @@ class Question:
     prompts: dict[str, str]
     answers: dict[str, tuple[str, ...]]
 
+    @property
+    def K(self) -> int:
+        """How many answers it offers."""
+        return len(next(iter(self.answers.values())))
+
 
 # ------------------------------------------------------------------------------------ loaders
 
 
 def load(spec: str, langs: list[str], say: Callable[[str], None] = print) -> list[Question]:
-    """The questions of `spec` (`atlas`, `bmlama:DIR`, `jsonl:FILE`) in these languages.
+    """The questions of `spec` in these languages: atlas, or bmlama, mmmlu, xcsqa or jsonl:PATH.
 
     What a rule of the format drops is counted and told to `say`. Raises InputError on anything that
     cannot be a question in every language: nothing is dropped, cut or guessed in silence.
@@ -93,8 +102,51 @@ def reading(path: Path):
         raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except csv.Error as error:
-        raise InputError(f"{path}: {error}") from error
+
+
+def rows(path: Path, names: list[str], skip: int = 0, delimiter: str = ","
+         ) -> Iterator[tuple[str, list[str]]]:
+    """Each row of a CSV file after the first `skip` and where it begins; a field for each name."""
+    with reading(path) as file:
+        reader, line = csv.reader(file, delimiter=delimiter), 1
+        try:
+            for number, row in enumerate(reader):
+                where, line = f"{path}, line {line}", reader.line_num + 1
+                if number < skip:
+                    continue
+                if len(row) != len(names):
+                    raise InputError(f"{where}: {len(row)} fields, not {len(names)}: "
+                                     f"{', '.join(names)}")
+                yield where, row
+        except csv.Error as error:
+            raise InputError(f"{path}, line {line}: {error}") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """Each line of a JSON Lines file, and where it stands."""
+    with reading(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+
+
+def fetch(kind: str, place: str, wanted: list[str]) -> Path:
+    """The folder `place`, or a local copy of the `wanted` files of that dataset on the hub."""
+    if Path(place).is_dir():
+        return Path(place)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
+        raise InputError(f"{place}: no such folder")
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.snapshot_download(place, repo_type="dataset",
+                                                      allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{place} is no folder here, and the hub does not give it. Wanted were the files "
+            f"{', '.join(wanted)} of that dataset; put a copy in a folder and say {kind}:FOLDER. "
+            f"({' '.join(str(error).split())})") from error
 
 
 def atlas() -> list[dict[str, str]]:
@@ -144,10 +196,8 @@ def load_bmlama(place: str, langs: list[str], say) -> Loaded:
         if not path.is_file():
             there = ", ".join(sorted(p.stem for p in Path(place).glob("*.tsv"))) or "no .tsv file"
             raise InputError(f"{place} has no language {lang!r} ({lang}.tsv); it has {there}")
-        with reading(path) as file:
-            reader = csv.reader(file, delimiter="\t")
-            next(reader, None)  # the header; in zh.tsv it has a stray tab
-            tables[lang] = [(f"{path}, line {reader.line_num}", row) for row in reader]
+        fields = ["sentence", "answer", "candidates", "subject"]  # header of zh.tsv: a stray tab
+        tables[lang] = list(rows(path, fields, skip=1, delimiter="\t"))
         if len(tables[lang]) != len(tables[langs[0]]):
             raise InputError(f"{path}: {len(tables[lang])} rows, but {langs[0]}.tsv has "
                              f"{len(tables[langs[0]])}; line n must be the same question in both")
@@ -155,9 +205,6 @@ def load_bmlama(place: str, langs: list[str], say) -> Loaded:
     for line, aligned in enumerate(zip(*tables.values()), 2):
         prompts, answers, golds = {}, {}, {}
         for lang, (where, row) in zip(langs, aligned):
-            if len(row) != 4:
-                raise InputError(f"{where}: {len(row)} fields, not 4: sentence, answer, "
-                                 "candidates, subject")
             sentence, gold, names = row[0], row[1], row[2].split(", ")
             if (times := sentence.count("<mask>")) != 1:
                 raise InputError(f"{where}: {times} times <mask> in {sentence!r}, not once")
@@ -180,64 +227,246 @@ def load_bmlama(place: str, langs: list[str], say) -> Loaded:
         say(f"{place}: dropped {opening} questions in all languages: <mask> opens the sentence")
 
 
+LETTERS = "ABCDEFGHIJ"
+
+
+class Row(NamedTuple):
+    """A multiple-choice question in one language."""
+
+    where: str
+    subject: str
+    question: str
+    options: list[str]
+    key: str  # the letter of the right option; empty where the file does not tell
+
+
+def align(place: str, tables: dict[str, dict[str, Row]], say, most: float) -> Loaded:
+    """Join the languages' rows on their ids, with lm-evaluation-harness's prompt; answers: letters.
+
+    Questions that are not in every language, or whose key is not the same in all, are dropped and
+    counted. Raises InputError where keys differ in more than the share `most` of the questions:
+    then options stand in another order in each language, and letters are no parallel answers.
+    """
+    first = next(iter(tables.values()))
+    shared = [i for i in first if all(i in table for table in tables.values())]
+    if alone := len(set().union(*tables.values())) - len(shared):
+        say(f"{place}: dropped {alone} questions that are not in every language")
+    differ = {i for i in shared if len({table[i].key for table in tables.values()} - {""}) > 1}
+    if len(differ) > most * len(shared):
+        example = next(i for i in shared if i in differ)
+        keys = "; ".join(f"{lang} {table[example].key} ({table[example].where})"
+                         for lang, table in tables.items())
+        raise InputError(f"{place}: the right letter of {len(differ)} of {len(shared)} questions "
+                         f"differs between languages, as of {example!r}: {keys}. The options are "
+                         "permuted, so they are no parallel answers; give an aligned copy")
+    if differ:
+        say(f"{place}: dropped {len(differ)} questions in all languages: their answer keys differ")
+    for i in shared:
+        if i in differ:
+            continue
+        prompts, answers = {}, {}
+        for lang, table in tables.items():
+            where, subject, question, options, _ = table[i]
+            if not question.strip():
+                raise InputError(f"{where}: the question {i!r} is empty")
+            lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
+            prompts[lang] = "\n".join([question.strip(), *lettered, "Answer:"])
+            answers[lang] = tuple(f" {letter}" for letter in LETTERS[:len(options)])
+        keys = {table[i].key for table in tables.values()} - {""}
+        gold = LETTERS.index(keys.pop()) if keys else None
+        yield where, Question(i, subject, gold, prompts, answers)
+
+
+def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
+    """MMMLU, `[test/]mmlu_XX-YY.csv`, and MMLU as first published, in English or translated.
+
+    The latter is `<subject>_test[_<lang>].csv`, a file a subject, without header. A plain code
+    stands for its locale. Row n of a subject is the same question in every language.
+    """
+    wanted = [f"*mmlu_{lang.upper()}{'' if '-' in lang else '-*'}.csv" for lang in langs]
+    files = mmlu_files(fetch("mmmlu", place, wanted))
+    with tempfile.TemporaryDirectory() as folder:
+        if "en" in langs and "en" not in files and not Path(place).is_dir():  # a hub's name
+            archive = fetch("mmmlu", "cais/mmlu", ["data.tar"]) / "data.tar"
+            try:
+                with tarfile.open(archive) as tar:
+                    for member in tar:
+                        if member.isfile() and member.name.endswith("_test.csv"):
+                            path = Path(folder, Path(member.name).name)
+                            path.write_bytes(tar.extractfile(member).read())
+            except (OSError, tarfile.TarError) as error:
+                raise InputError(f"{archive}: {error}") from error
+            files |= mmlu_files(Path(folder))
+        tables, sizes = {}, {}
+        for lang in langs:
+            layouts = files.get(lang.lower(), {})
+            if not layouts:
+                raise InputError(f"{place} has no language {lang!r}; it has "
+                                 f"{', '.join(sorted(files)) or 'no file of MMLU or MMMLU'}")
+            if len(layouts) > 1:
+                raise InputError(f"{place} has {lang!r} more than once: {' and '.join(layouts)}; "
+                                 "name the locale, or keep one")
+            found = [row for paths in layouts.values() for path in paths for row in mmlu_rows(path)]
+            tables[lang] = unique(found)
+            sizes[lang] = Counter(row.subject for _, row in found)
+            for subject in sizes[lang].keys() & sizes[langs[0]].keys():
+                if sizes[lang][subject] != sizes[langs[0]][subject]:
+                    raise InputError(
+                        f"{place}: {subject} has {sizes[lang][subject]} rows in {lang}, "
+                        f"{sizes[langs[0]][subject]} in {langs[0]}; row n must be one question")
+        yield from align(place, tables, say, most=1.0)
+
+
+def mmlu_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """The files of each language or locale, in lower case, by the layout that they are in."""
+    found = {}
+    roots = folder, folder / "test", folder / "data" / "test"
+    for path in sorted(path for root in roots for path in root.glob("*.csv")):
+        if name := re.fullmatch(r"mmlu_((\w+)-\w+)\.csv", path.name):
+            found.setdefault(name[1].lower(), {})[path.name] = [path]
+            found.setdefault(name[2].lower(), {})[path.name] = [path]
+        elif name := re.fullmatch(r".+_test(?:_([\w-]+))?\.csv", path.name):
+            layouts = found.setdefault((name[1] or "en").lower(), {})
+            layouts.setdefault("<subject>_test.csv", []).append(path)
+    return found
+
+
+def mmlu_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Ids, subject/row, and rows of a file of either layout."""
+    letters = ["A", "B", "C", "D"]
+    if path.name.startswith("mmlu_"):
+        names = ["row of the subject", "Question", *letters, "Answer", "Subject"]
+        numbered = [(where, *row) for where, row in rows(path, names)]
+        if not numbered or list(numbered.pop(0)[2:]) != names[1:]:
+            raise InputError(f"{path}, line 1: the header is not {', '.join(names)}")
+    else:
+        subject = path.name.partition("_test")[0]
+        numbered = [(where, str(n), *row, subject) for n, (where, row) in
+                    enumerate(rows(path, ["question", *letters, "letter of the answer"]))]
+    for where, n, question, *options, key, subject in numbered:
+        if not n.isdigit() or key.strip() not in letters:
+            raise InputError(f"{where}: row {n!r} with answer {key!r}: wanted are a number and one "
+                             "of A, B, C, D")
+        yield f"{subject}/{n}", Row(where, subject, question, options, key.strip())
+
+
+def unique(found: Iterable[tuple[str, Row]]) -> dict[str, Row]:
+    """Rows by their ids; raises InputError where an id comes twice."""
+    table = {}
+    for id, row in found:
+        if id in table:
+            raise InputError(f"{row.where}: question {id!r} stands at {table[id].where} already")
+        table[id] = row
+    return table
+
+
+def load_xcsqa(place: str, langs: list[str], say) -> Loaded:
+    """X-CSQA, `[X-CSQA/]<lang>/dev.jsonl`, joined on id; else `test.jsonl`, which has no keys.
+
+    The published files permute the options of each language, which is refused (see `align`).
+    """
+    folder, found = fetch("xcsqa", place, [f"*X-CSQA/{lang}*/*.jsonl" for lang in langs]), {}
+    for root in (folder, folder / "X-CSQA", folder / "X-CSR_datasets" / "X-CSQA"):
+        for path in root.glob("*/*.jsonl"):
+            found["ja" if path.parent.name == "jap" else path.parent.name, path.stem] = path
+    whole = [part for part in ("dev", "test") if all((lang, part) in found for lang in langs)]
+    part = whole[0] if whole else "dev"
+    tables = {}
+    for lang in langs:
+        if (lang, part) not in found:
+            there = sorted({name for name, stem in found if stem in ("dev", "test")})
+            raise InputError(f"{place} has no language {lang!r} ({lang}/dev.jsonl); it has "
+                             f"{', '.join(there) or 'none in the layout of xcsr_datasets.zip'}")
+        tables[lang] = unique(xcsqa_rows(found[lang, part]))
+    blind = sum(not any(table[i].key for table in tables.values() if i in table)
+                for i in tables[langs[0]])
+    if blind:
+        say(f"{place}: {blind} questions of {part}.jsonl have no answer key: they count for "
+            "consistency, not for accuracy, and it cannot be checked that options are parallel")
+    yield from align(place, tables, say, most=0.01)
+
+
+def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    for where, line in json_lines(path):
+        try:
+            id, question, key = line["id"], line["question"], line.get("answerKey") or ""
+            labels, options = zip(*((c["label"], c["text"]) for c in question["choices"]))
+            row = Row(where, "", question["stem"], list(options), key)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: not a question of X-CSQA: id, question with stem and "
+                             "choices with label and text, answerKey") from error
+        if not all(isinstance(text, str) for text in (id, row.question, key, *labels, *options)):
+            raise InputError(f"{where}: id, stem, labels, texts and answerKey must be strings")
+        if labels != tuple(LETTERS[:len(labels)]) or key and key not in labels:
+            raise InputError(f"{where}: question {id!r}: choices {', '.join(labels)} with answer "
+                             f"{key!r}: wanted are A, B, C, ... and one of them")
+        yield id, row
+
+
 def load_jsonl(place: str, langs: list[str], say) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
-    with reading(Path(place)) as file:
-        for number, line in enumerate(file, 1):
-            where = f"{place}, line {number}"
-            try:
-                fields = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{where}: not JSON ({error})") from error
-            wanted = {"id": (str, int), "subject": str, "gold": (int, type(None)), "prompts": dict,
-                      "answers": dict}
-            given = {"subject": "", "gold": None, **fields} if isinstance(fields, dict) else {}
-            for name, kind in wanted.items():
-                value = given.get(name, False)
-                if not isinstance(value, kind) or isinstance(value, bool):
-                    raise InputError(f"{where}: field {name!r} is missing or of another type; "
-                                     "the README shows a line")
-            for lang in langs:
-                if lang not in given["prompts"] or lang not in given["answers"]:
-                    raise InputError(f"{where}: question {given['id']!r} has nothing in language "
-                                     f"{lang!r}; it has {', '.join(given['prompts']) or 'none'}")
-            prompts = {lang: given["prompts"][lang] for lang in langs}
-            answers = {lang: given["answers"][lang] for lang in langs}
-            if not all(isinstance(prompt, str) for prompt in prompts.values()):
-                raise InputError(f"{where}: prompts must hold a string for each language")
-            if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-                       for texts in answers.values()):
-                raise InputError(f"{where}: answers must hold a list of strings for each language")
-            answers = {lang: tuple(texts) for lang, texts in answers.items()}
-            yield where, Question(str(given["id"]), given["subject"], given["gold"], prompts,
-                                  answers)
+    for where, fields in json_lines(Path(place)):
+        wanted = {"id": (str, int), "subject": str, "gold": (int, type(None)), "prompts": dict,
+                  "answers": dict}
+        given = {"subject": "", "gold": None, **fields} if isinstance(fields, dict) else {}
+        for name, kind in wanted.items():
+            value = given.get(name, False)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(f"{where}: field {name!r} is missing or of another type; "
+                                 "the README shows a line")
+        for lang in langs:
+            if lang not in given["prompts"] or lang not in given["answers"]:
+                raise InputError(f"{where}: question {given['id']!r} has nothing in language "
+                                 f"{lang!r}; it has {', '.join(given['prompts']) or 'none'}")
+        prompts = {lang: given["prompts"][lang] for lang in langs}
+        answers = {lang: given["answers"][lang] for lang in langs}
+        if not all(isinstance(prompt, str) for prompt in prompts.values()):
+            raise InputError(f"{where}: prompts must hold a string for each language")
+        if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+                   for texts in answers.values()):
+            raise InputError(f"{where}: answers must hold a list of strings for each language")
+        answers = {lang: tuple(texts) for lang, texts in answers.items()}
+        yield where, Question(str(given["id"]), given["subject"], given["gold"], prompts, answers)
 
 
-LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "jsonl": load_jsonl}
-TRAIN_QUESTIONS = {"atlas": 160, "bmlama": 5000}  # App. H, Table 4; the rest is the test
+LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu, "xcsqa": load_xcsqa,
+           "jsonl": load_jsonl}
+TRAIN_QUESTIONS = {"atlas": 160, "bmlama": 5000, "mmmlu": 5000, "xcsqa": 800}  # App. H, Table 4
 
 # ---------------------------------------------------------------------- split and sampling (App. H)
 
 
-def split(questions: list[Question], train: int, test: int | None, seed: int
+def split(questions: list[Question], train: int | None, test: int | None, seed: int,
+          train_subjects: Collection[str] = (), test_subjects: Collection[str] = ()
           ) -> tuple[list[Question], list[Question]]:
-    """The first `train` and the next `test` questions (None: all others) in an order drawn by seed.
+    """The first `train` and the next `test` questions (None: all) in an order drawn by seed.
 
-    Adding a language or a process changes neither part. Raises InputError if there are too few
-    questions.
+    Where subjects are named (section 6.3), each part takes its own; where they are named for one
+    part only, the other takes the other subjects. Adding a language or a process changes neither
+    part. Raises InputError for a subject that is not there and if there are too few questions.
     """
     order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
-    test = len(questions) - train if test is None else test
-    if min(train, test) < 0 or train + test > len(questions):
+    there = sorted({q.subject for q in questions})
+    for subject in (*train_subjects, *test_subjects):
+        if subject not in there:
+            raise InputError(f"there is no subject {subject!r}; there are {', '.join(there[:60])}"
+                             + ", ..." * (len(there) > 60))
+    pool = [q for q in order if (q.subject in train_subjects if train_subjects
+                                 else q.subject not in test_subjects)]
+    chosen = pool[:train]
+    taken = {q.id for q in chosen}
+    rest = [q for q in order if q.id not in taken and
+            (q.subject in test_subjects if test_subjects else q.subject not in train_subjects)]
+    if min(train or 0, test or 0) < 0 or (train or 0) > len(pool) or (test or 0) > len(rest):
         raise InputError(f"{train} training and {test} held-out questions asked for, but there are "
-                         f"{len(questions)}")
-    return order[:train], order[train:train + test]
+                         f"{len(pool)} to train on and then {len(rest)} others")
+    return chosen, rest[:test]
 
 
 def sample(question: Question, candidates: int, number: int, seed: int) -> list[int]:
     """The `number`-th draw of so many candidates, or all there are, by seed and id alone."""
-    K = len(next(iter(question.answers.values())))
-    return random.Random(f"{seed}/{question.id}/{number}").sample(range(K), min(candidates, K))
+    rng = random.Random(f"{seed}/{question.id}/{number}")
+    return rng.sample(range(question.K), min(candidates, question.K))
 
 
 # ------------------------------------------------------------------------------------ tokens

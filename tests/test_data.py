@@ -1,6 +1,10 @@
 """Loaders, split, sampling and tokens, on files written here; the real data where it is at hand."""
 
+import csv
+import fnmatch
 import json
+import tarfile
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -124,6 +128,226 @@ def test_jsonl_reads_the_fields_of_question_and_ignores_others(tmp_path):
     assert second.id == "8" and second.gold is None
 
 
+# ------------------------------------------------------------------------------- multiple choice
+
+HEADER = ["", "Question", "A", "B", "C", "D", "Answer", "Subject"]
+ROWS = [["2 + 2?", "3", "4", "5", "6", "B"], ['Which is "big", x or y?', "x", "y", "both", "", "A"]]
+
+
+def published(folder, locale, rows=ROWS, header=HEADER, subject="maths"):
+    """A file as openai/MMMLU has them."""
+    (folder / "test").mkdir(exist_ok=True)
+    with open(folder / "test" / f"mmlu_{locale}.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [header, *([i, *row, subject] for i, row in enumerate(rows))]
+        )  # fmt: skip
+
+
+def original(folder, name, rows=ROWS):
+    """A file as MMLU was first published."""
+    with open(folder / name, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_mmmlu_joins_the_published_files_and_the_original_english_under_lm_evals_prompt(tmp_path):
+    original(tmp_path, "maths_test.csv")
+    published(tmp_path, "SW-KE", [[row[0] + " sw", *row[1:]] for row in ROWS])
+    published(tmp_path, "FR-FR")
+    original(tmp_path, "maths_test_zu.csv")
+    for langs in (["en", "sw"], ["en", "sw-ke"], ["en", "SW-KE"], ["sw", "en", "fr", "zu"]):
+        first, second = data.load(f"mmmlu:{tmp_path}", langs)
+        assert (first.id, first.subject, first.gold) == ("maths/0", "maths", 1)
+        assert first.prompts["en"] == "2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:"
+        assert first.prompts[langs[1]].startswith("2 + 2?")
+        assert set(first.answers.values()) == {(" A", " B", " C", " D")}
+        assert second.gold == 0 and "\nD. \nAnswer:" in second.prompts["en"]
+    assert "2 + 2? sw" in data.load(f"mmmlu:{tmp_path}", ["sw"])[0].prompts["sw"]
+
+
+def test_mmmlu_drops_what_has_another_key_or_is_not_everywhere_in_all_languages_and_counts(
+    tmp_path,
+):
+    original(tmp_path, "maths_test.csv")
+    original(tmp_path, "maths_test_zu.csv", [ROWS[0], [*ROWS[1][:5], "C"]])
+    original(tmp_path, "music_test.csv")
+    said = []
+    questions = data.load(f"mmmlu:{tmp_path}", ["en", "zu"], said.append)
+    assert [question.id for question in questions] == ["maths/0"]
+    assert "dropped 2 questions that are not in every language" in said[0]
+    assert "dropped 1 questions in all languages: their answer keys differ" in said[1]
+
+
+def test_mmmlu_refuses_broken_rows_by_file_and_line(tmp_path):
+    original(tmp_path, "maths_test.csv")
+    for rows, message in [
+        ([ROWS[0], ROWS[1][:4]], "maths_test_zu.csv, line 2: 4 fields, not 6: question, A, B"),
+        ([ROWS[0], [*ROWS[1][:5], "E"]], "maths_test_zu.csv, line 2: row '1' with answer 'E'"),
+        ([["two\nlines", *ROWS[0][1:]], ["x"]], "maths_test_zu.csv, line 3: 1 fields"),
+        ([[" ", *ROWS[0][1:]], ROWS[1]], "maths_test_zu.csv, line 1: the question 'maths/0' is em"),
+        ([ROWS[0]], "maths has 1 rows in zu, 2 in en"),
+    ]:
+        original(tmp_path, "maths_test_zu.csv", rows)
+        with pytest.raises(data.InputError, match=message):
+            data.load(f"mmmlu:{tmp_path}", ["en", "zu"])
+    (tmp_path / "maths_test_zu.csv").write_text(f'2?,1,2,3,4,A\n"open,1,2,3,4,A\n{"x" * 200_000}')
+    with pytest.raises(data.InputError, match="maths_test_zu.csv, line 2: field larger"):
+        data.load(f"mmmlu:{tmp_path}", ["en", "zu"])
+    published(tmp_path, "SW-KE", header=HEADER[:-1] + ["Topic"])
+    with pytest.raises(data.InputError, match="mmlu_SW-KE.csv, line 1: the header is not"):
+        data.load(f"mmmlu:{tmp_path}", ["en", "sw"])
+    with open(tmp_path / "test" / "mmlu_SW-KE.csv", "w", newline="") as file:
+        csv.writer(file).writerows([HEADER, [0, *ROWS[0], "maths"], [0, *ROWS[1], "maths"]])
+    with pytest.raises(data.InputError, match="line 3: question 'maths/0' stands at .*line 2"):
+        data.load(f"mmmlu:{tmp_path}", ["en", "sw"])
+
+
+def test_mmmlu_names_the_locales_that_are_there_and_asks_which_is_meant(tmp_path):
+    original(tmp_path, "maths_test.csv")
+    published(tmp_path, "ES-LA")
+    with pytest.raises(data.InputError, match="no language 'sw'; it has en, es, es-la"):
+        data.load(f"mmmlu:{tmp_path}", ["en", "sw"])
+    published(tmp_path, "ES-ES")
+    with pytest.raises(data.InputError, match="has 'es' more than once: mmlu_ES-ES.csv and mmlu_E"):
+        data.load(f"mmmlu:{tmp_path}", ["en", "es"])
+    assert len(data.load(f"mmmlu:{tmp_path}", ["en", "es-es"])) == 2
+
+
+def xcsqa(folder, part="dev", **langs):
+    """X-CSQA files: of each language, (id, gold letter or None) of the lines."""
+    for lang, lines in langs.items():
+        path = folder / "X-CSQA" / lang / f"{part}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(choice(id, lang, key) + "\n" for id, key in lines))
+
+
+def choice(id, lang, key, labels="ABCDE", **more):
+    options = [{"label": letter, "text": f"{letter.lower()} {lang}"} for letter in labels]
+    line = {"id": id, "lang": lang, "question": {"stem": f"{id} in {lang}?", "choices": options}}
+    return json.dumps({**line, **({"answerKey": key} if key else {}), **more})
+
+
+def test_xcsqa_is_joined_on_id_and_finds_japanese_as_jap(tmp_path):
+    xcsqa(tmp_path, en=[("a", "A"), ("b", "E")], jap=[("b", "E"), ("a", "A")])
+    for place in (tmp_path, tmp_path / "X-CSQA"):
+        first, second = data.load(f"xcsqa:{place}", ["en", "ja"])
+        assert (first.id, first.gold, second.gold) == ("a", 0, 4)
+        assert first.prompts["ja"].startswith("a in jap?\nA. a jap\n")
+        assert second.prompts["ja"].startswith("b in jap?") and second.answers["ja"][4] == " E"
+
+
+def test_xcsqa_with_permuted_options_is_refused_with_count_and_example(tmp_path):
+    many = [(str(i), "A") for i in range(200)]
+    xcsqa(tmp_path, en=many, zh=[*many[3:], ("0", "B"), ("1", "C"), ("2", "D")])
+    message = "right letter of 3 of 200 .*as of '0': en A .*en/dev.jsonl, line 1.; zh B .*line 198"
+    with pytest.raises(data.InputError, match=message):
+        data.load(f"xcsqa:{tmp_path}", ["en", "zh"])
+    xcsqa(tmp_path, zh=[*many[2:], ("0", "B"), ("1", "C")])  # one in a hundred: slips of the pen
+    said = []
+    assert len(data.load(f"xcsqa:{tmp_path}", ["en", "zh"], said.append)) == 198
+    assert "dropped 2 questions in all languages: their answer keys differ" in said[0]
+
+
+def test_xcsqa_without_keys_has_no_gold_and_says_so(tmp_path):
+    xcsqa(tmp_path, part="test", en=[("a", None), ("b", "")], zh=[("b", None), ("a", None)])
+    said = []
+    questions = data.load(f"xcsqa:{tmp_path}", ["en", "zh"], said.append)
+    assert [question.gold for question in questions] == [None, None]
+    assert "2 questions of test.jsonl have no answer key: they count for consistency" in said[0]
+
+
+def test_xcsqa_drops_and_counts_what_is_not_in_every_language(tmp_path):
+    xcsqa(tmp_path, en=[("a", "A"), ("b", "B")], zh=[("b", "B"), ("c", "C")])
+    said = []
+    assert [q.id for q in data.load(f"xcsqa:{tmp_path}", ["en", "zh"], said.append)] == ["b"]
+    assert "dropped 2 questions that are not in every language" in said[0]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "zh/dev.jsonl, line 2: not JSON"),
+        ("[]", "zh/dev.jsonl, line 2: not a question of X-CSQA"),
+        ('{"id": "b", "question": {"stem": "x"}}', "line 2: not a question of X-CSQA"),
+        (choice("a", "zh", "A"), "line 2: question 'a' stands at .*line 1 already"),
+        (choice("b", "zh", "F"), "line 2: question 'b': choices A, B, C, D, E with answer 'F'"),
+        (choice("b", "zh", "A", "ACB"), "line 2: question 'b': choices A, C, B"),
+        (choice(7, "zh", "A"), "line 2: id, stem, labels, texts and answerKey must be strings"),
+    ],
+)
+def test_xcsqa_refuses_broken_lines_by_file_and_line(tmp_path, line, message):
+    xcsqa(tmp_path, en=[("a", "A"), ("b", "B")], zh=[("a", "A")])
+    with open(tmp_path / "X-CSQA" / "zh" / "dev.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(data.InputError, match=message):
+        data.load(f"xcsqa:{tmp_path}", ["en", "zh"])
+
+
+def test_xcsqa_names_the_languages_that_are_there(tmp_path):
+    xcsqa(tmp_path, en=[("a", "A")], jap=[("a", "A")])
+    with pytest.raises(data.InputError, match="no language 'zh'.*it has en, ja"):
+        data.load(f"xcsqa:{tmp_path}", ["en", "zh"])
+
+
+# ------------------------------------------------------------------------------------ the hub
+
+
+def stand_in(monkeypatch, folders):
+    """The hub as a dictionary; what was asked of it."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repo_id, *, repo_type, allow_patterns):
+        asked.append((repo_id, repo_type, allow_patterns))
+        if repo_id not in folders:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+        return str(folders[repo_id])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_mmmlu_comes_from_the_hub_with_its_english_from_the_original_archive(tmp_path, monkeypatch):
+    published(tmp_path, "SW-KE")
+    original(tmp_path, "english.csv")
+    (tmp_path / "cais").mkdir()
+    with tarfile.open(tmp_path / "cais" / "data.tar", "w") as tar:
+        tar.add(tmp_path / "english.csv", "data/test/maths_test.csv")
+        tar.add(tmp_path / "english.csv", "data/val/maths_val.csv")
+        tar.add(tmp_path / "english.csv", "../../escaped_test.csv")
+    folders = {"openai/MMMLU": tmp_path, "cais/mmlu": tmp_path / "cais"}
+    asked = stand_in(monkeypatch, folders)
+    questions = data.load("mmmlu:openai/MMMLU", ["en", "sw"], lambda text: None)
+    assert [question.id for question in questions] == ["maths/0", "maths/1"]
+    assert asked == [
+        ("openai/MMMLU", "dataset", ["*mmlu_EN-*.csv", "*mmlu_SW-*.csv"]),
+        ("cais/mmlu", "dataset", ["data.tar"]),
+    ]
+    assert fnmatch.fnmatch("test/mmlu_SW-KE.csv", asked[0][2][1])
+    assert not list(tmp_path.parent.glob("**/escaped_test.csv"))
+    assert data.load("mmmlu:openai/MMMLU", ["sw"]) and len(asked) == 3  # no English, no archive
+
+
+def test_xcsqa_comes_from_the_hub(tmp_path, monkeypatch):
+    xcsqa(tmp_path, en=[("a", "A")], jap=[("a", "A")])
+    asked = stand_in(monkeypatch, {"INK-USC/xcsr": tmp_path})
+    assert len(data.load("xcsqa:INK-USC/xcsr", ["en", "ja"])) == 1
+    (patterns,) = [patterns for _, _, patterns in asked]
+    assert all(fnmatch.fnmatch(f"X-CSQA/{name}/dev.jsonl", pattern)
+               for name, pattern in zip(["en", "jap"], patterns))  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["mmmlu:openai/MMMLU", "xcsqa:INK-USC/xcsr"])
+def test_without_network_the_message_says_what_was_wanted_and_how_to_give_a_copy(spec, monkeypatch):
+    kind, name = spec.split(":")
+    stand_in(monkeypatch, {})
+    with pytest.raises(data.InputError) as raised:
+        data.load(spec, ["en"])
+    for part in (f"{name} is no folder here", "/en*" if kind == "xcsqa" else "EN-*.csv",
+                 f"say {kind}:FOLDER", "no network"):  # fmt: skip
+        assert part in str(raised.value)
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     (tmp_path / "own.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(OWN).encode() + b"\n")
     assert data.load(f"jsonl:{tmp_path / 'own.jsonl'}", ["en"])[0].id == "7"
@@ -181,6 +405,9 @@ def test_jsonl_refuses_what_is_no_parallel_question_naming_the_line(tmp_path, li
         ("jsonl:/no/such/file", "No such file"),
         ("jsonl:/", "directory"),
         ("bmlama:/no/such", "no .tsv file"),
+        ("mmmlu", "say where"),
+        ("mmmlu:/no/such", "/no/such: no such folder"),
+        ("xcsqa:../no/such", "no/such: no such folder"),
     ],
 )
 def test_a_place_that_cannot_be_read_is_named(spec, message):
@@ -276,6 +503,45 @@ def test_more_questions_than_there_are_is_an_error(train, test):
         data.split(questions_with(10), train, test, 0)
 
 
+def of_subjects(*subjects):
+    questions = questions_with(len(subjects))
+    return [replace(question, subject=s) for question, s in zip(questions, subjects)]
+
+
+def test_subjects_are_kept_apart_and_unnamed_ones_go_to_the_other_part():
+    questions = of_subjects(*"aaaabbbccc")
+    part = lambda *settings: [  # noqa: E731
+        sorted(q.subject for q in part) for part in data.split(questions, None, None, 0, *settings)
+    ]
+    assert part(["a"], ["b"]) == [list("aaaa"), list("bbb")]
+    assert part(["a"]) == [list("aaaa"), list("bbbccc")]
+    assert part([], ["b"]) == [list("aaaaccc"), list("bbb")]
+    assert part([], []) == [sorted("aaaabbbccc"), []]
+    train, test = data.split(questions, 2, 3, 0, ["a"], ["a", "b"])  # what is left of a is held out
+    assert [q.subject for q in train] == ["a", "a"] and len(test) == 3
+    assert not {q.id for q in train} & {q.id for q in test}
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=6, max_size=30), st.integers(0, 5))
+def test_naming_all_subjects_names_none(subjects, seed):
+    questions, every = of_subjects(*subjects), sorted(set(subjects))
+    assert data.split(questions, 3, 2, seed, every, every) == data.split(questions, 3, 2, seed)
+
+
+@pytest.mark.parametrize(
+    "train, test, train_subjects, test_subjects, message",
+    [
+        (None, None, ["d"], [], "there is no subject 'd'; there are a, b, c"),
+        (None, None, ["a"], ["d"], "there is no subject 'd'"),
+        (5, None, ["a"], [], "there are 4 to train on"),
+        (None, 4, ["a"], ["b"], "and then 3 others"),
+    ],
+)
+def test_subjects_that_cannot_be_are_refused(train, test, train_subjects, test_subjects, message):
+    with pytest.raises(data.InputError, match=message):
+        data.split(of_subjects(*"aaaabbbccc"), train, test, 0, train_subjects, test_subjects)
+
+
 # ------------------------------------------------------------------------------------ tokens
 
 
@@ -363,3 +629,32 @@ def test_bmlama_17_loads_whole_in_all_its_languages(real_data):
     assert len(langs) == 17 and len(questions) == 6792
     assert sum(len(question.answers["en"]) != 10 for question in questions) == 574
     assert all(question.gold == len(question.answers["en"]) - 1 for question in questions)
+
+
+def test_the_african_translations_of_mmlu_load_whole_in_all_six_languages(real_data):
+    langs = ["en", "af", "am", "ig", "sn", "zu"]
+    questions = data.load(f"mmmlu:{real_data / 'mmlu_afr'}", langs)
+    assert len(questions) == 604 and {question.subject for question in questions} == {
+        "clinical_knowledge", "college_medicine", "virology"}  # fmt: skip
+    assert {question.id for question in questions} >= {"virology/0", "virology/165"}
+    shares = [sum(question.gold == k for question in questions) / 604 for k in range(4)]
+    assert all(0.18 < share < 0.33 for share in shares)
+    first = next(question for question in questions if question.id == "virology/0")
+    assert "100\nB. 1\nC. 10\nD. unknown\nAnswer:" in first.prompts["en"] and first.gold == 0
+    assert "D. awaziwa" in first.prompts["zu"]
+
+
+def test_the_published_xcsqa_loads_in_one_language_and_its_permuted_pairs_are_refused(
+    real_data, tmp_path
+):
+    assert len(data.load(f"xcsqa:{real_data / 'xcsqa'}", ["en"])) == 5
+    with open(real_data / "xcsqa" / "genuine_en_zh_permuted_12.jsonl", encoding="utf-8") as file:
+        pairs = [json.loads(line) for line in file]
+    for lang in ("en", "zh"):
+        path = tmp_path / "X-CSQA" / lang / "dev.jsonl"
+        path.parent.mkdir(parents=True)
+        lines = [{"id": str(i), "lang": lang, "answerKey": pair[lang]["answerKey"],
+                  "question": pair[lang]} for i, pair in enumerate(pairs)]  # fmt: skip
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(data.InputError, match="of 12 questions differs between languages"):
+        data.load(f"xcsqa:{tmp_path}", ["en", "zh"])
