@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,13 +78,18 @@ def chance(N: int) -> float:
 
 
 def accuracy(scores: Tensor, gold: Tensor) -> Tensor:
-    """Share of questions whose best candidate is the gold one: (L, Q, K), (Q,) -> (L,).
+    """Share of questions whose best candidate is the gold one: (L, Q, K), (Q,) -> (L,)."""
+    return hits(scores, gold).mean(-1)
+
+
+def hits(scores: Tensor, gold: Tensor) -> Tensor:
+    """Whether the best candidate is the gold one: (L, Q, K), (Q,) -> (L, Q) float64.
 
     A tie for the best counts by its share, so that no candidate's position pays.
     """
     best = scores == scores.amax(-1, keepdim=True)
     right = best.gather(-1, gold.expand(len(scores), -1)[..., None])[..., 0]
-    return (right / best.sum(-1).double()).mean(-1)
+    return right / best.sum(-1).double()
 
 
 def entropy(scores: Tensor) -> Tensor:
@@ -127,19 +133,41 @@ Tables = dict[str, dict[str, Tensor]]  # "base", "optimum", "trained"; of each s
 
 def guessing(questions: list[data.Question]) -> tuple[float, float]:
     """CLC and accuracy of rankings drawn at random."""
-    sizes = [len(next(iter(question.answers.values()))) for question in questions]
-    return tuple(sum(map(f, sizes)) / len(sizes) for f in (chance, lambda K: 1 / K))
+    rows = [(chance(question.K), 1 / question.K) for question in questions]
+    return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
 
 
-def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict) -> str:
+def columns(lines: list[list[str]]) -> list[str]:
+    """Lines of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in
+                                                 zip(cells, widths[1:], strict=True))]).rstrip()
+            for first, *cells in lines]
+
+
+def percent(share: float | None, form: str = ".1f") -> str:
+    return "" if share is None else f"{100 * share:{form}}"
+
+
+def measure_all(questions: list[data.Question], tables: dict[str, Tensor], langs: list[str],
+                rows: dict, picked: list[int] | None = None) -> dict:
+    """Fill `rows` with what it lacks: the measures of each table, or of the picked questions."""
+    picked = list(range(len(questions))) if picked is None else picked
+    rows.setdefault("questions", len(picked))
+    for name, table in tables.items():
+        if name not in rows:
+            gold = [questions[q].gold for q in picked]
+            rows[name] = measure(table[:, picked], tables["base"][:, picked], gold, langs)
+    return rows
+
+
+def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict,
+           by_subject: bool = False) -> str:
     """Measure what `metrics` does not hold yet of the tables, and write it all in per cent."""
     texts = []
     for split, questions in splits.items():
-        rows = metrics.setdefault(split, {"questions": len(questions)})
-        for name, table in tables.items():
-            if name not in rows:
-                gold = [question.gold for question in questions]
-                rows[name] = measure(table[split], tables["base"][split], gold, langs)
+        mine = {name: table[split] for name, table in tables.items()}
+        rows = measure_all(questions, mine, langs, metrics.setdefault(split, {}))
         by_luck, guess = guessing(questions)
         blank, moved = [None] * len(langs), [f"Δ {lang}" for lang in langs]
         shares = {"chance": [by_luck, guess, *[guess] * len(langs), *blank]}
@@ -152,12 +180,29 @@ def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict) -> s
             nats = rows[name]["entropy"].values() if name in rows else [None, None]
             lines.append([name, *("" if x is None else f"{100 * x:.1f}" for x in values),
                           *("" if x is None else f"{x:.2f}" for x in nats)])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        texts.append(f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
-                     "accuracy, answers changed (Δ), per cent; entropy H, nats")
-        for first, *cells in lines:
-            cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            texts.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+        texts += [f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
+                  "accuracy, answers changed (Δ), per cent; entropy H, nats", *columns(lines)]
+        after = rows.get("trained", {})
+        if len(langs) > 2:
+            texts += ["CLC of each pair" + " and, above the diagonal, its change" * bool(after)]
+            old, new = rows["base"]["clc_matrix"], after.get("clc_matrix")
+            texts += columns([["", *langs]] + [
+                [lang, *(percent(old[i][j]) if j < i else percent(new[i][j] - old[i][j], "+.1f")
+                         if j > i and new else "" for j in range(len(langs)))]
+                for i, lang in enumerate(langs)])
+        if by_subject:
+            lines = [["subject", "questions", "CLC", *langs]]
+            parts = rows.setdefault("subjects", {})
+            for subject in sorted({question.subject for question in questions}):
+                picked = [q for q, question in enumerate(questions) if question.subject == subject]
+                part = measure_all(questions, mine, langs, parts.setdefault(subject, {}), picked)
+                pairs = [(row["clc"], *row["accuracy"].values())
+                         for row in (part["base"], part.get("trained")) if row]
+                lines.append([subject, str(len(picked)), *(
+                    " ".join([percent(values[0]), *(percent(x - values[0], "+.1f")
+                                                    for x in values[1:] if x is not None)])
+                    for values in zip(*pairs, strict=True))])
+            texts += ["by subject" + ", with the change" * bool(after), *columns(lines)]
     return "\n".join(texts)
 
 
@@ -166,12 +211,95 @@ def write_answers(path: Path, splits: Splits, tables: Tables, langs: list[str]) 
     with open(path, "w", encoding="utf-8") as file:
         for split, questions in splits.items():
             for q, question in enumerate(questions):
-                K = len(question.answers[langs[0]])
-                nats = {name: dict(zip(langs, table[split][:, q, :K].tolist(), strict=True))
-                        for name, table in tables.items()}
                 line = {"id": question.id, "subject": question.subject, "gold": question.gold,
-                        "split": split, **nats}
+                        "split": split}
+                for name, table in tables.items():
+                    nats = table[split][:, q, :question.K].tolist()
+                    line[name] = dict(zip(langs, nats, strict=True))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class Run(NamedTuple):
+    """What a folder of train.py tells of its last split."""
+
+    model: str  # the one that its chain of runs began with
+    about: str
+    langs: list[str]
+    ids: list[str]
+    gold: list[int | None]
+    base: Tensor  # (L, Q, K) nats
+    trained: Tensor  # (L, Q, K) nats
+
+
+def read_run(folder: Path) -> Run:
+    """A finished run. Where its --model is a run on the same questions, that one's base counts."""
+    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    lines = [line for _, line in data.json_lines(folder / "answers.jsonl")]
+    split, langs = lines[-1]["split"], settings["langs"]
+    lines = [line for line in lines if line["split"] == split]
+    base, trained = (torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor([line[name][lang] for lang in langs]).T for line in lines], batch_first=True,
+        padding_value=-torch.inf).permute(2, 0, 1) for name in ("base", "trained"))
+    model = settings["model"] or f"embedded model, seed {settings['seed']}"
+    run = Run(model, f"{settings['data']}, {len(lines)} questions of the {split} split, scored by "
+              f"{settings['score']}", langs, [line["id"] for line in lines],
+              [line["gold"] for line in lines], base, trained)
+    if (Path(model) / "metrics.json").is_file():
+        first = read_run(Path(model))
+        if (first.about, first.langs, first.ids) == (run.about, run.langs, run.ids):
+            run = run._replace(model=first.model, base=first.base)
+    return run
+
+
+def compare(folders: list[str], markdown: bool = False) -> str:
+    """Table 1: runs as differences to their base, per cent, each with its standard error.
+
+    A block for each base, data set and set of questions. The error is that of a mean over
+    questions: what other questions would change. Raises InputError if no folder is a finished run.
+    """
+    blocks, texts = {}, []
+    for folder in map(Path, folders):
+        if (folder / "metrics.json").is_file() and (folder / "log.jsonl").is_file():
+            run = read_run(folder)
+            key = (run.model, run.about, *run.langs, *run.ids)
+            blocks.setdefault(key, []).append((folder.name, run))
+        else:
+            texts.append(f"left out {folder}: not a finished run of train.py")
+    if not blocks:
+        raise data.InputError("--compare: none of the folders is a finished run of train.py")
+    for runs in blocks.values():
+        base = runs[0][1]
+        home = base.langs.index("en") if "en" in base.langs else 0
+        known = torch.tensor([g is not None for g in base.gold])
+        gold = torch.tensor([g for g in base.gold if g is not None], dtype=torch.long)
+        a, b = torch.triu_indices(len(base.langs), len(base.langs), 1).tolist()
+
+        def shares(scores):  # of each question, in the paper's columns
+            consist, right = _consist(scores), hits(scores[:, known], gold)
+            others = [i for i in range(len(scores)) if i != home]
+            return (torch.stack([consist(i, j) for i, j in zip(a, b, strict=True)]).mean(0),
+                    right[home], right[others].mean(0))
+
+        english = base.langs[home].upper()
+        sizes = (~torch.isneginf(base.base[0])).sum(-1).tolist()
+        luck = [sum(map(f, sizes)) / len(sizes) for f in (chance, lambda K: 1 / K)]
+        lines = [["", "CLC_all", f"A_{english}", f"A_not{english}"],
+                 ["chance", *map(percent, [*luck, luck[1]])],
+                 ["base", *(percent(_mean(values)) for values in shares(base.base))]]
+        for name, run in runs:
+            lines.append([name])
+            for new, old in zip(shares(run.trained), shares(run.base), strict=True):
+                change, n = new - old, len(new)
+                error = f" ± {percent(float(change.std()) / n ** 0.5)}" if n > 1 else ""
+                lines[-1].append(percent(_mean(change), "+.1f") + error)
+        texts.append(f"\n{base.model} on {base.about}; {' '.join(base.langs)}; per cent, changes "
+                     "with their standard errors")
+        if markdown:
+            lines.insert(1, ["---"] * 4)
+            texts += ["", *(f"| {' | '.join(line)} |" for line in lines)]
+        else:
+            texts += columns(lines)
+    return "\n".join(texts)
 
 
 def draw_clc(path: Path, before: dict, after: dict, langs: list[str]) -> bool:
@@ -185,8 +313,10 @@ def draw_clc(path: Path, before: dict, after: dict, langs: list[str]) -> bool:
     old.fill_diagonal_(math.nan)
     side = max(3.2, 0.5 * len(langs) + 1)
     figure = Figure(figsize=(2 * side + 1, side + 0.4), layout="constrained")
-    panels = [("CLC before, per cent", old, "{:.1f}", {"cmap": "viridis", "vmin": 0, "vmax": 100}),
-              ("change", new - old, "{:+.1f}", {"cmap": "RdBu", "vmin": -reach, "vmax": reach})]
+    score, change = ({"cmap": "viridis", "vmin": 0, "vmax": 100},
+                     {"cmap": "RdBu", "vmin": -reach, "vmax": reach})  # centred at zero
+    panels = [("CLC before, per cent", old, "{:.1f}", score),
+              ("change, points", new - old, "{:+.1f}", change)]
     for axes, (title, values, form, look) in zip(figure.subplots(1, 2), panels, strict=True):
         image = axes.imshow(values.numpy(), **look)
         axes.set(title=title)
@@ -214,10 +344,11 @@ def option(default, text: str, **more):
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Judge a model: CLC, accuracy, entropy, and the forecast of what DCO can make of it."""
+    """What judging and training have in common."""
 
     model: str = option("", "folder or hub name of a causal language model")
-    data: str = option("atlas", "atlas, bmlama:DIR or jsonl:FILE")
+    data: str = option("atlas", "atlas, bmlama:DIR, mmmlu:DIR, xcsqa:DIR or jsonl:FILE; for mmmlu "
+                       "and xcsqa also the hub's ORG/NAME")
     langs: list[str] = option(["en", "fr", "es", "sw"], "languages")
     out: str = option("", "folder for what is written; must be new or empty")
     beta: float = option(1.0, "strength of the KL term (Eq. 1)")
@@ -227,6 +358,9 @@ class EvalConfig:
                               "a JSON matrix of gamma_ij (Eq. 15)")
     train_questions: int | None = option(0, "questions in the training split, reported apart")
     test_questions: int | None = option(None, "held-out questions (default: all others)")
+    train_subjects: list[str] = option([], "train on these subjects alone (section 6.3), on all of "
+                                       "their questions by default")
+    test_subjects: list[str] = option([], "report on these subjects; each has its row")
     split_seed: int = option(0, "seed of the split")
     max_tokens: int = option(2048, "tokens fed at once; lower it where memory runs out")
     dtype: str = option("float32", "of the weights. float32 computes in bfloat16 autocast on CUDA; "
@@ -296,10 +430,12 @@ def read(config: EvalConfig, say: Callable = print) -> Splits:
     """The questions of both splits; an empty split is left out."""
     questions, kind = data.load(config.data, config.langs, say), config.data.partition(":")[0]
     train = config.train_questions
-    if train is None and kind not in data.TRAIN_QUESTIONS:
-        raise data.InputError(f"--train_questions: how many of the {len(questions)} to train on?")
-    train = data.TRAIN_QUESTIONS[kind] if train is None else train
-    parts = data.split(questions, train, config.test_questions, config.split_seed)
+    if train is None and not config.train_subjects:
+        if kind not in data.TRAIN_QUESTIONS:
+            raise data.InputError(f"--train_questions: how many of {len(questions)} to train on?")
+        train = data.TRAIN_QUESTIONS[kind]
+    parts = data.split(questions, train, config.test_questions, config.split_seed,
+                       config.train_subjects, config.test_subjects)
     return {name: part for name, part in zip(("train", "test"), parts, strict=True) if part}
 
 
@@ -433,8 +569,20 @@ def score(model, trees: list[list[data.Tree]], config: EvalConfig, desc: str, pa
     return out.view(len(trees), -1, K).transpose(0, 1).contiguous()
 
 
+@dataclass(frozen=True)
+class RankcConfig(EvalConfig):
+    """Judge a model: CLC, accuracy, entropy, and the forecast of what DCO can make of it; or
+    compare runs that train.py has finished."""
+
+    compare: list[str] = option([], "folders of runs, to be shown as Table 1 shows them")
+    markdown: bool = option(False, "write the comparison as a Markdown table")
+
+
 def main() -> None:
-    config = parse(EvalConfig, "rankc.py")
+    config = parse(RankcConfig, "rankc.py")
+    if config.compare:
+        print(compare(config.compare, config.markdown))
+        return
     if not config.model:
         raise data.InputError("which model? give --model FOLDER")
     device, rank, _ = start(config.device)
@@ -450,7 +598,8 @@ def main() -> None:
     optimum = {name: forecast(base[name], gamma, config.beta) for name in splits}
     every = [question for questions in splits.values() for question in questions]
     metrics = {"languages": config.langs, "chance": guessing(every)[0]}
-    say(report(splits, {"base": base, "optimum": optimum}, config.langs, metrics))
+    say(report(splits, {"base": base, "optimum": optimum}, config.langs, metrics,
+               bool(config.train_subjects or config.test_subjects)))
     if out and rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps(asdict(config), indent=1))
@@ -463,7 +612,8 @@ def run(main: Callable) -> None:
     """Run a command line: bad input ends it with its message, told once, and status 2."""
     try:
         main()
-        dist.barrier()  # leave together: a process that left early has aborted, now and then
+        if dist.is_initialized():
+            dist.barrier()  # leave together: a process that left early has aborted, now and then
     except data.InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

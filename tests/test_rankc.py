@@ -1,5 +1,6 @@
 """The measures: RankC by hand and by brute force over sets; then the rest of a report."""
 
+import json
 import math
 import random
 
@@ -219,10 +220,138 @@ def test_every_tree_is_scored_once_and_lands_in_its_row(process_group):
     )
 
 
-def test_the_picture_of_the_clc_matrix_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need the [plot] extra")
-    reports = [
-        rankc.measure(*[torch.randn(4, 20, 5)] * 2, [0] * 20, list("abcd")) for _ in range(2)
+def questions(subjects, K=4, gold=0):
+    import data
+
+    return [
+        data.Question(str(i), s, gold, {"en": "x"}, {"en": tuple("abcdefgh"[:K])})
+        for i, s in enumerate(subjects)
     ]
-    assert rankc.draw_clc(tmp_path / "clc.png", *reports, list("abcd"))
+
+
+def test_a_report_by_subject_measures_each_subject_as_if_it_stood_alone():
+    g = torch.Generator().manual_seed(0)
+    base, after = (torch.randn(2, 9, 4, generator=g) for _ in range(2))
+    every = questions("aabbbcccc")
+    metrics = {}
+    tables = {"base": {"test": base}, "trained": {"test": after}}
+    text = rankc.report({"test": every}, tables, ["en", "es"], metrics, by_subject=True)
+    parts = metrics["test"]["subjects"]
+    assert [parts[s]["questions"] for s in "abc"] == [2, 3, 4]
+    assert parts["b"]["trained"] == rankc.measure(
+        after[:, 2:5], base[:, 2:5], [0] * 3, ["en", "es"]
+    )
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("b ")]
+    old, new = (100 * parts["b"][name]["clc"] for name in ("base", "trained"))
+    assert row[1] == "3" and row[2:4] == [f"{old:.1f}", f"{new - old:+.1f}"]
+    assert "subjects" not in rankc.report({"test": every}, tables, ["en", "es"], {})
+
+
+def test_a_report_of_many_languages_shows_each_pair_before_and_its_change():
+    g = torch.Generator().manual_seed(1)
+    base, after = (torch.randn(3, 20, 4, generator=g) for _ in range(2))
+    tables = {"base": {"test": base}, "trained": {"test": after}}
+    text = rankc.report({"test": questions("x" * 20)}, tables, ["en", "es", "sw"], {})
+    before, change = 100 * rankc.clc(base), 100 * (rankc.clc(after) - rankc.clc(base))
+    rows = [line.split() for line in text.splitlines()[-3:]]
+    assert rows[0] == ["en", f"{change[0, 1]:+.1f}", f"{change[0, 2]:+.1f}"]
+    assert rows[1] == ["es", f"{before[1, 0]:.1f}", f"{change[1, 2]:+.1f}"]
+    assert rows[2] == ["sw", f"{before[2, 0]:.1f}", f"{before[2, 1]:.1f}"]
+
+
+# ------------------------------------------------------------------------------------ the table
+
+
+def finished(folder, base, trained, model="base/model", gold=0, langs=("en", "es", "sw"), **more):
+    """What a run leaves that a comparison reads; the tables are (L, Q, K)."""
+    folder.mkdir()
+    settings = {"model": model, "data": "jsonl:q", "langs": langs, "score": "sum", "seed": 0}
+    (folder / "run.json").write_text(json.dumps({**settings, **more}))
+    splits = {"train": questions("t", gold=gold), "test": questions("x" * base.shape[1], gold=gold)}
+    tables = {
+        name: {"train": table[:, :1], "test": table}
+        for name, table in {"base": base, "trained": trained}.items()
+    }
+    rankc.write_answers(folder / "answers.jsonl", splits, tables, list(langs))
+    (folder / "metrics.json").write_text("{}")
+    (folder / "log.jsonl").write_text("")
+    return folder
+
+
+def cells(text, name):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    return line.split()[1:]
+
+
+@pytest.fixture
+def scored():
+    g = torch.Generator().manual_seed(2)
+    return [torch.randn(3, 40, 4, generator=g) for _ in range(3)]
+
+
+def test_a_comparison_has_the_papers_columns_as_differences_to_the_base(tmp_path, scored):
+    base, first, second = scored
+    folders = [
+        finished(tmp_path / "sft", base, first, gold=1),
+        finished(tmp_path / "dco", base, second, gold=1),
+    ]
+    text = rankc.compare(map(str, folders))
+    assert "base/model on jsonl:q, 40 questions of the test split" in text
+    gold = torch.ones(40, dtype=torch.long)
+    a, b = torch.triu_indices(3, 3, 1)
+    rows = {}
+    for name, table in {"base": base, "sft": first, "dco": second}.items():
+        right = rankc.accuracy(table, gold)
+        rows[name] = [100 * float(x) for x in (rankc.clc(table)[a, b].mean(), right[0],
+                                               right[1:].mean())]  # fmt: skip
+    assert cells(text, "base") == [f"{x:.1f}" for x in rows["base"]]
+    assert [float(x) for x in cells(text, "chance")] == [37.7, 25.0, 25.0]
+    for name in ("sft", "dco"):
+        change = [new - old for new, old in zip(rows[name], rows["base"])]
+        assert cells(text, name)[::3] == [f"{x:+.1f}" for x in change]
+    moved = (second[0].argmax(-1) == 1).double() - (base[0].argmax(-1) == 1).double()
+    assert cells(text, "dco")[5] == f"{100 * float(moved.std()) / 40**0.5:.1f}"
+    table = rankc.compare(map(str, folders), markdown=True)
+    assert "|  | CLC_all | A_EN | A_notEN |\n| --- | --- | --- | --- |\n| chance |" in table
+    assert f"| sft | {' '.join(cells(text, 'sft')[:3])} | " in table
+
+
+def test_a_run_that_goes_on_from_a_run_is_compared_with_where_the_first_began(tmp_path, scored):
+    base, dpo, both = scored
+    one = finished(tmp_path / "dpo", base, dpo)
+    two = finished(tmp_path / "dpo-dco", dpo, both, model=str(one))
+    direct = finished(tmp_path / "direct", base, both)
+    text = rankc.compare([one, two, direct])
+    assert cells(text, "dpo-dco") == cells(text, "direct") and text.count("base/model") == 1
+    other = finished(tmp_path / "other", dpo, both, model=str(one), data="jsonl:other")
+    assert f"{one} on jsonl:other" in rankc.compare([two, other])
+
+
+def test_runs_on_other_questions_stand_in_a_table_of_their_own(tmp_path, scored):
+    base, first, second = scored
+    folders = [
+        finished(tmp_path / "a", base, first),
+        finished(tmp_path / "b", base[:, :30], second[:, :30]),
+        finished(tmp_path / "c", base[1:], first[1:], langs=("es", "sw")),
+    ]
+    text = rankc.compare([*folders, tmp_path / "notes"])
+    assert text.count("CLC_all") == 3 and "A_notES" in text and "30 questions" in text
+    assert f"left out {tmp_path / 'notes'}: not a finished run" in text
+    with pytest.raises(ValueError, match="none of the folders is a finished run"):
+        rankc.compare([tmp_path / "notes"])
+
+
+def test_without_gold_answers_a_comparison_has_consistency_alone(tmp_path, scored):
+    text = rankc.compare([finished(tmp_path / "a", *scored[:2], gold=None)])
+    assert len(cells(text, "base")) == 1 and len(cells(text, "a")) == 3
+
+
+@pytest.mark.parametrize("languages", [2, 4, 17])
+def test_the_picture_of_the_clc_matrix_is_drawn(tmp_path, languages):
+    pytest.importorskip("matplotlib", reason="pictures need the [plot] extra")
+    langs = list("abcdefghijklmnopq"[:languages])
+    reports = [
+        rankc.measure(*[torch.randn(languages, 20, 5)] * 2, [0] * 20, langs) for _ in range(2)
+    ]
+    assert rankc.draw_clc(tmp_path / "clc.png", *reports, langs)
     assert (tmp_path / "clc.png").read_bytes()[:4] == b"\x89PNG"
