@@ -83,6 +83,19 @@ def sft_loss(logps: Tensor) -> Tensor:
     return -logps
 
 
+def majority_vote(logps: Tensor) -> tuple[Tensor, Tensor]:
+    """CALM's target (section 6.1): the answer most languages rank first, and whether votes tied.
+
+    Ties go to the answer of the larger log-prob summed over languages; their order does not matter.
+    logps: (..., L, K) nats, -inf for a missing candidate -> (...,) index and (...,) bool. The
+    original samples and translates chains of thought, and breaks ties by order of appearance.
+    """
+    votes = F.one_hot(logps.argmax(-1), logps.shape[-1]).sum(-2)  # (..., K)
+    leads = votes == votes.amax(-1, keepdim=True)
+    total = logps.double().sort(-2).values.sum(-2)  # sorted: rounding depends on no order either
+    return total.masked_fill(~leads, -torch.inf).argmax(-1), leads.sum(-1) > 1
+
+
 def is_consistent(gamma: Tensor, beta: float) -> bool:
     """Lemma 3 (Lemma 1 where L = 2): whether Gamma has rank one, and pi* ranks alike.
 

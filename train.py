@@ -1,8 +1,9 @@
 """How it runs: `torchrun train.py` makes a model rank the answers to a question alike everywhere.
 
-Covers Eqs. 11 and 15 as they are trained (section 4.4, Apps. G and H): one reference pass, after
-which r_ALIGN is a table of numbers and DCO a regression on it; then the step, one screen long; then
-the report. Leaves out the equations (dco.py) and the measures (rankc.py).
+Covers Eqs. 11 and 15 as they are trained (section 4.4, Apps. G and H) and what the paper compares
+them with (section 6.1): one reference pass, after which r_ALIGN is a table of numbers and DCO a
+regression on it; then the step, one screen long; then the report. Leaves out the equations (dco.py)
+and the measures (rankc.py).
 """
 import json
 import os
@@ -25,27 +26,46 @@ from transformers import get_scheduler
 
 import data
 import rankc
-from dco import align_reward, completion_logps, dco_loss, implicit_reward
+from dco import (
+    align_reward,
+    completion_logps,
+    dco_loss,
+    dpo_loss,
+    implicit_reward,
+    majority_vote,
+    sft_loss,
+)
 from rankc import EvalConfig, option, progress
+
+RATES = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
 
 
 @dataclass(frozen=True)
 class Config(EvalConfig):
-    """Train a multilingual language model by Direct Consistency Optimization. The defaults are the
-    paper's; without --model a tiny model is made on the spot, with defaults of its own."""
+    """Train a multilingual language model by Direct Consistency Optimization, or by what the paper
+    compares it with. The defaults are the paper's; without --model a tiny model is made on the
+    spot, with defaults of its own."""
 
-    train_questions: int | None = option(None, "questions to train on (default: 5000 of BMLAMA, "
-                                         "the paper's number, and 160 of atlas)")
+    method: str = option("dco", "dco; sft: the gold answer in every language; dpo: the gold answer "
+                         "over a random other; calm: the majority's answer over a language's own, "
+                         "without gold. DPO, then DCO: --model at the folder of the DPO run",
+                         choices=["dco", "sft", "dpo", "calm"])
+    beta: float = option(1.0, "strength of the KL term (Eq. 1); dpo and calm: 0.1 (the paper does "
+                         "not say)")
+    train_questions: int | None = option(None, "questions to train on (default, App. H: 5000, 800 "
+                                         "of X-CSQA; 160 of atlas)")
     objective: str = option("joint", "each language's target sums over all others (Eq. 15), or a "
                             "random language pair a question, as the authors' release trains; the "
                             "same for two languages", choices=["joint", "pairwise"])
-    lr: float = option(1e-5, "rate of AdamW; betas 0.9, 0.999, eps 1e-8, no weight decay (App. G)")
+    lr: float = option(RATES["dco"], "rate of AdamW; sft 5e-7, dpo and calm 5e-6; betas 0.9, 0.999,"
+                       " eps 1e-8, no weight decay (App. G)")
     schedule: str = option("linear", "how the rate falls to zero, or does not",
                            choices=["linear", "cosine", "constant"])
     warmup: float = option(0.0, "share of the steps in which the rate rises")
     epochs: int = option(1, "passes over the training questions")
     batch_questions: int = option(4, "questions in an optimizer step, over all processes")
-    pairs_per_question: int = option(1, "draws of candidates from each question (App. H)")
+    pairs_per_question: int = option(1, "draws of candidates from each question (App. H: 7 of "
+                                     "X-CSQA); those of sft and calm are all the same")
     candidates: int = option(2, "candidates in a draw; a question with fewer gives all it has")
     seed: int = option(0, "seed of draws, of their order and of the embedded model")
     grad_clip: float = option(1.0, "largest gradient norm; 0 for none")
@@ -56,12 +76,23 @@ class Config(EvalConfig):
 COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts it is told
 
 
-def embedded_defaults(config: Config) -> dict:
-    """The defaults of a run without --model: a tiny model takes a higher rate and more steps."""
-    if config.model:
-        return {}
-    anchored = {"trust": ["en=2"]} if "en" in config.langs and not config.gamma else {}
-    return {"lr": 3e-4, "epochs": 11, "batch_questions": 8, "candidates": 6, **anchored}
+def defaults(config: Config) -> dict:
+    """What the method, and the lack of a --model, set where the command line does not.
+
+    A tiny model takes more steps, and thirty times the paper's rate, whatever the method.
+    """
+    found = {"lr": RATES[config.method]}
+    if config.method in ("dpo", "calm"):
+        found["beta"] = 0.1
+    if config.data.startswith("xcsqa:"):
+        found["pairs_per_question"] = 7  # App. H
+    if not config.model:
+        found |= {"lr": 30 * found["lr"], "epochs": 11, "batch_questions": 8}
+        if config.method == "dco":
+            found["candidates"] = 6
+            if "en" in config.langs and not config.gamma:
+                found["trust"] = ["en=2"]
+    return found
 
 
 # -------------------------------------------------------------------------------- the step
@@ -70,10 +101,46 @@ def embedded_defaults(config: Config) -> dict:
 class Item(NamedTuple):
     """A draw of candidates from one question, with all that a step needs of it."""
 
-    trees: list[data.Tree]  # one a language
+    trees: list[data.Tree]  # one a language; where a method prefers an answer, that one is first
     ref: Tensor  # (L, K) nats
-    r_align: Tensor  # (L, K) nats: what r-hat is to become, up to a constant (Eq. 12)
+    r_align: Tensor  # (L, K) nats: what DCO's r-hat is to become, up to a constant (Eq. 12)
     used: list[int]  # the languages it trains
+
+
+def choose(question: data.Question, ref_logps: Tensor, number: int, config: Config
+           ) -> tuple[Tensor, list[int]]:
+    """Which candidates each language compares, the preferred first, (L, K), and who trains.
+
+    ref_logps: (L, K) nats of all the question's candidates; CALM alone looks at them.
+    """
+    L, K = ref_logps.shape
+    used = list(range(L))
+    if config.method == "calm":
+        winner, own = majority_vote(ref_logps)[0].expand(L), ref_logps.argmax(-1)
+        return torch.stack([winner, own], -1), (own != winner).nonzero()[:, 0].tolist()
+    if config.method == "dco":
+        chosen = data.sample(question, config.candidates, number, config.seed)
+        if config.objective == "pairwise":  # Eq. 11 between two; not Eq. 15 where L > 2
+            rng = random.Random(f"pair/{config.seed}/{question.id}/{number}")
+            used = sorted(rng.sample(used, 2))
+    else:
+        chosen = [question.gold]
+        if config.method == "dpo":
+            others = [k for k in data.sample(question, K, number, config.seed)
+                      if k != question.gold]
+            chosen.append(others[0])
+    return torch.tensor(chosen).expand(L, -1), used
+
+
+def poll(questions: list[data.Question], ref_logps: Tensor, config: Config
+         ) -> tuple[list[int], dict]:
+    """The questions in which CALM has a language to train, and what to tell of the vote."""
+    _, tied = majority_vote(ref_logps.transpose(0, 1))  # (Q,)
+    used = [choose(question, ref_logps[:, q, :question.K], 0, config)[1]
+            for q, question in enumerate(questions)]
+    kept = [q for q, languages in enumerate(used) if languages]
+    pairs = {lang: sum(i in languages for languages in used) for i, lang in enumerate(config.langs)}
+    return kept, {"unanimous": len(used) - len(kept), "ties": int(tied.sum()), "pairs": pairs}
 
 
 def draw(questions: list[data.Question], trees: list[list[data.Tree]], ref_logps: Tensor,
@@ -86,24 +153,30 @@ def draw(questions: list[data.Question], trees: list[list[data.Tree]], ref_logps
         for first in range(0, len(order), config.batch_questions):
             items = []
             for q, number in order[first:first + config.batch_questions]:
-                chosen = data.sample(questions[q], config.candidates, number, config.seed)
-                used, experts = list(range(L)), gamma
-                if config.objective == "pairwise":  # Eq. 11 between two; not Eq. 15 where L > 2
-                    rng = random.Random(f"pair/{config.seed}/{questions[q].id}/{number}")
-                    used = sorted(rng.sample(used, 2))
-                    experts = torch.zeros_like(gamma)
-                    experts[used, used[::-1]] = gamma[used, used[::-1]]
+                table = ref_logps[:, q, :questions[q].K]
+                chosen, used = choose(questions[q], table, number, config)
                 ref = torch.full((L, config.candidates), -torch.inf)
-                ref[:, :len(chosen)] = ref_logps[:, q, chosen]
-                pruned = [tree._replace(branches=[tree.branches[k] for k in chosen])
-                          for tree in trees[q]]
+                ref[:, :chosen.shape[1]] = table.gather(-1, chosen)
+                experts, rows = torch.zeros_like(gamma), torch.tensor(used)
+                experts[rows[:, None], rows] = gamma[rows[:, None], rows]
+                pruned = [tree._replace(branches=[tree.branches[k] for k in row])
+                          for tree, row in zip(trees[q], chosen.tolist(), strict=True)]
                 items.append(Item(pruned, ref, align_reward(ref, experts), used))
             yield items
 
 
+def term(logps: Tensor, ref_logps: Tensor, r_align: Tensor, config: Config) -> Tensor:
+    """One language's term of the loss: (..., K) each, nats -> (...,)."""
+    if config.method == "dco":
+        return dco_loss(logps, ref_logps, r_align, config.beta)  # Eq. 11
+    if config.method == "sft":
+        return sft_loss(logps[..., 0])  # L^ML of the gold answer
+    return dpo_loss(logps, ref_logps, config.beta)  # Eq. 4; CALM is DPO on its votes
+
+
 def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, packed: bool,
              log: Callable[[dict], None]) -> int:
-    """Minimise Eq. 11, summed over languages, averaged over a step's items; returns tokens fed."""
+    """Minimise the terms, summed over languages, averaged over a step's items; the tokens fed."""
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     model.train()  # for checkpointing; load_model has put dropout at zero
     if config.gradient_checkpointing:
@@ -117,7 +190,7 @@ def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, pac
         ref = torch.stack([item.ref for item in items]).to(device)  # (B, L, K)
         r_align = torch.stack([item.r_align for item in items]).to(device)  # (B, L, K)
         logps = torch.full_like(ref, -torch.inf)  # what this process scores, for the log
-        rows = [(b, i) for b, item in enumerate(items) for i in item.used]  # a term of Eq. 11 each
+        rows = [(b, i) for b, item in enumerate(items) for i in item.used]  # a term each
         mine = rows[rank::world] or rows[:1]  # DDP waits for every process: one without a row
         weight = world / len(items) if rows[rank::world] else 0.0  # feeds one that counts nothing
         groups = data.batches([items[b].trees[i] for b, i in mine], config.max_tokens, packed)
@@ -128,7 +201,7 @@ def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, pac
                 with rankc.autocast(config, device):
                     got = completion_logps(policy, trees, packed)  # (T, K)
                 K = got.shape[-1]
-                losses = dco_loss(got, ref[b, i, :K], r_align[b, i, :K], config.beta)  # (T,) Eq. 11
+                losses = term(got, ref[b, i, :K], r_align[b, i, :K], config)  # (T,)
                 (weight * losses.sum()).backward()  # DDP's mean over processes undoes `world`
             if weight:
                 logps[b, i, :K] = got.detach()
@@ -150,15 +223,22 @@ def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
     if dist.get_world_size() > 1:
         dist.all_reduce(logps, op=dist.ReduceOp.MAX)  # -inf but where a process has scored
     used = logps[..., 0].isfinite()  # (B, L)
-    losses = dco_loss(logps, ref, r_align, config.beta).masked_fill(~used, 0.0)
+    losses = term(logps, ref, r_align, config).masked_fill(~used, 0.0)
+    mean = losses.sum(0) / used.sum(0).clamp(min=1)  # (L,)
+    seen = {"loss": float(losses.sum() / len(logps))}
+    if config.method == "sft":
+        return {**seen, **{f"loss/{lang}": float(mean[i]) for i, lang in enumerate(config.langs)}}
     r_hat = implicit_reward(logps, ref, config.beta)
     margin, target = (x[..., 0] - x[..., 1] for x in (r_hat, r_align))  # (B, L)
+    if config.method != "dco":
+        return {**seen, "rewards/margin": float(margin[used].mean()),
+                "rewards/accuracy": float((margin[used] > 0).float().mean())}
     first = logps[..., 0] > logps[..., 1]
     a, b = torch.triu_indices(len(config.langs), len(config.langs), 1)
     both = used[:, a] & used[:, b]
-    distance = losses.sum(0) / used.sum(0).clamp(min=1) / config.beta  # (L,) nats of log-odds
-    return {"loss": float(losses.sum() / len(logps)),
-            **{f"residual/{lang}": float(distance[i]) for i, lang in enumerate(config.langs)},
+    distance = mean / config.beta  # (L,) nats of log-odds
+    return {**seen, **{f"residual/{lang}": float(distance[i])
+                       for i, lang in enumerate(config.langs)},
             "rewards/margin": float((margin * target.sign())[used].mean()),  # towards the target
             "rewards/target": float(target[used].abs().mean()),
             "consistent": float((first[:, a] == first[:, b])[both].float().mean())}
@@ -222,6 +302,12 @@ def check_settings(config: Config) -> None:
     """Raise InputError for settings that cannot be, before anything is read."""
     if len(config.langs) < 2:
         raise data.InputError("--langs: consistency takes two languages or more")
+    if config.method == "calm" and len(config.langs) < 3:
+        raise data.InputError("--method calm: a majority takes three languages or more; "
+                              f"--langs names {' '.join(config.langs)}")
+    for name in ("trust", "gamma", "objective", "candidates"):
+        if config.method != "dco" and getattr(config, name) != getattr(Config(), name):
+            raise data.InputError(f"--{name} is for --method dco; {config.method} has no use of it")
     if not config.model and config.data != "atlas":
         raise data.InputError(f"--data {config.data} needs --model: without, there is atlas only")
     for name in ("epochs", "batch_questions", "pairs_per_question", "log_every"):
@@ -253,10 +339,19 @@ def environment() -> dict:
             "git": git or None, "processes": dist.get_world_size()}
 
 
-def describe(model, tokenizer, splits, trees, total: int, config: Config) -> str:
+def count_steps(questions: int, config: Config) -> int:
+    """Optimizer steps for so many training questions; a last, smaller step counts."""
+    return config.epochs * -(-questions * config.pairs_per_question // config.batch_questions)
+
+
+def describe(model, tokenizer, splits, trees, config: Config) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
-    sizes = [len(question.answers[config.langs[0]]) for question in splits["train"]]
-    fewer = sum(size < config.candidates for size in sizes)
+    fewer = sum(question.K < config.candidates for question in splits["train"])
+    compared = {"dco": f"dco ({config.objective}, beta {config.beta:g}), {config.candidates} "
+                f"candidates each" + f" ({fewer} questions have fewer)" * (fewer > 0),
+                "sft": "sft on the gold answers",
+                "dpo": f"dpo (beta {config.beta:g}), gold answer over a random other",
+                "calm": f"calm (beta {config.beta:g}), fewer if some questions are unanimous"}
     weight = next(model.parameters())
     mixed = weight.is_cuda and config.dtype == "float32"
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -266,10 +361,9 @@ def describe(model, tokenizer, splits, trees, total: int, config: Config) -> str
         f"{weight.device.type}",
         f"{config.data} in {' '.join(config.langs)}: " +
         ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items()),
-        f"{total} steps of {config.batch_questions} questions over all processes, "
-        f"{config.candidates} candidates each" +
-        (f" ({fewer} questions have fewer)" if fewer else "") +
-        f", epochs {config.epochs}, rate {config.lr:g} {config.schedule}, {config.objective}",
+        f"{count_steps(len(splits['train']), config)} steps of {config.batch_questions} questions "
+        f"over all processes, epochs {config.epochs}, rate {config.lr:g} {config.schedule}: "
+        + compared[config.method],
         *(f"  {lang}: {tokenizer.decode(tree.prefix)!r} + {[*map(tokenizer.decode, tree.branches)]}"
           for lang, tree in zip(config.langs[:2], trees["train"][0], strict=False))])
 
@@ -292,13 +386,14 @@ def changes(questions: list[data.Question], base: Tensor, trained: Tensor, langs
 
 
 def main() -> None:
-    config = rankc.parse(Config, "train.py", embedded_defaults)
+    config = rankc.parse(Config, "train.py", defaults)
     check_settings(config)
     if not config.model:
         torch.set_num_threads(1)  # as fast as two for a model this small, faster on a busy machine
     device, rank, _ = rankc.start(config.device if config.model else "cpu")
     say = (lambda *text: print(*text, flush=True)) if rank == 0 else lambda *text: None
     seconds, langs = {}, config.langs
+    subjects = bool(config.train_subjects or config.test_subjects)
 
     @contextmanager
     def stage(name):
@@ -310,6 +405,11 @@ def main() -> None:
     splits = rankc.read(config, say)
     if "train" not in splits:
         raise data.InputError("--train_questions 0: there is nothing to train on")
+    unlabelled = [question.id for question in splits["train"] if question.gold is None]
+    if unlabelled and config.method in ("sft", "dpo"):
+        raise data.InputError(f"--method {config.method} learns from the right answers, which "
+                              f"{len(unlabelled)} training questions lack, {unlabelled[0]!r} first;"
+                              " dco and calm do without")
     with stage("load"):
         model, tokenizer = (rankc.load_model(config, device) if config.model
                             else embedded_model(config))
@@ -317,9 +417,7 @@ def main() -> None:
         asked = trees  # what is judged: the same, unless --score string wants the prompt scored too
         if config.score == "string":
             asked, _ = rankc.plant(model, tokenizer, splits, config, say, whole=True)
-    draws = len(splits["train"]) * config.pairs_per_question
-    total = config.epochs * -(-draws // config.batch_questions)  # a last, smaller step counts
-    say(describe(model, tokenizer, splits, trees, total, config))
+    say(describe(model, tokenizer, splits, trees, config))
 
     def judge(desc, asked, config=config):
         return {name: rankc.score(model, trees, config, f"{desc} {name}", packed)
@@ -333,15 +431,22 @@ def main() -> None:
                                         for name, table in base.items()}}
     every = [question for questions in splits.values() for question in questions]
     metrics = {"languages": langs, "chance": rankc.guessing(every)[0]}
-    say(rankc.report(splits, tables, langs, metrics) + "\n")
+    say(rankc.report(splits, tables, langs, metrics, subjects) + "\n")
+    kept = list(range(len(splits["train"])))
+    if config.method == "calm":
+        kept, metrics["vote"] = poll(splits["train"], sums["train"], config)
+        say(f"calm: {len(kept)} questions to train on, {json.dumps(metrics['vote'])}\n")
+        if not kept:
+            raise data.InputError("--method calm: the languages agree on every training question")
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         settings = {**asdict(config), "out": str(out), **environment()}
         (out / "run.json").write_text(json.dumps(settings, indent=1))
     with stage("train"), open(out / "log.jsonl" if rank == 0 else os.devnull, "w") as file:
-        steps = draw(splits["train"], trees["train"], sums["train"], gamma, config)
-        tokens = optimise(model, steps, total, config, packed,
+        steps = draw([splits["train"][q] for q in kept], [trees["train"][q] for q in kept],
+                     sums["train"][:, kept], gamma, config)
+        tokens = optimise(model, steps, count_steps(len(kept), config), config, packed,
                           lambda line: print(json.dumps(line), file=file, flush=True))
     if rank == 0:
         model.save_pretrained(out)
@@ -349,7 +454,7 @@ def main() -> None:
 
     with stage("evaluate"):
         tables["trained"] = judge("evaluate", asked)
-    say(rankc.report(splits, tables, langs, metrics))
+    say(rankc.report(splits, tables, langs, metrics, subjects))
     last = list(splits)[-1]
     say(f"\nanswers that changed in {last}, the first few questions:")
     say(changes(splits[last], base[last], tables["trained"][last], langs) or "  none")

@@ -1,6 +1,9 @@
 """The program as it is run: as processes, on a tiny saved model and questions written here."""
 
+import contextlib
+import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,6 +33,7 @@ def world(tmp_path_factory):
             json.dumps(
                 {
                     "id": str(i),
+                    "subject": ["even", "odd"][i % 2],
                     "gold": i % 3,
                     "prompts": prompts,
                     "answers": {
@@ -46,15 +50,14 @@ def world(tmp_path_factory):
     return folder
 
 
-def launch(*arguments, processes=0, fails=False, cwd=ROOT):
-    """Run `python` or, with processes, `torchrun`; its output."""
-    start = [sys.executable] + (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        if processes
-        else []
-    )
+def launch(script, *arguments, processes=0, fails=False, cwd=ROOT):
+    """Run a script as `torchrun` does or, without processes, inside this one; its output."""
+    arguments = [str(argument) for argument in arguments]
+    if not processes:
+        return inside(script, arguments, fails)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*start, *map(str, arguments)],
+        [*start, "--nproc_per_node", str(processes), ROOT / script, *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -65,32 +68,42 @@ def launch(*arguments, processes=0, fails=False, cwd=ROOT):
     return done.stdout + done.stderr
 
 
+def inside(script, arguments, fails):
+    import rankc
+    import train
+
+    main = {"train.py": train.main, "rankc.py": rankc.main}[script]
+    text, before = io.StringIO(), sys.argv
+    sys.argv, status = [script, *arguments], 0
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            rankc.run(main)
+        except SystemExit as ended:
+            status = ended.code
+        finally:
+            sys.argv = before
+    assert status == (2 if fails else 0), text.getvalue()
+    return text.getvalue()
+
+
+def command(world, out, *more):
+    """The arguments of a run on the tiny model and its questions."""
+    settings = {
+        "--model": world / "model",
+        "--data": f"jsonl:{world / 'q.jsonl'}",
+        "--train_questions": 7,
+        "--lr": 1e-3,
+        "--schedule": "constant",
+        "--batch_questions": 3,
+        "--device": "cpu",
+        "--out": out,
+    }
+    fixed = [str(part) for setting in settings.items() for part in setting]
+    return [*fixed, "--langs", "en", "es", "fr", *map(str, more)]
+
+
 def train(world, out, *more, **how):
-    return launch(
-        ROOT / "train.py",
-        "--model",
-        world / "model",
-        "--data",
-        f"jsonl:{world / 'q.jsonl'}",
-        "--langs",
-        "en",
-        "es",
-        "fr",
-        "--train_questions",
-        7,
-        "--lr",
-        "1e-3",
-        "--schedule",
-        "constant",
-        "--batch_questions",
-        3,
-        "--device",
-        "cpu",
-        "--out",
-        out,
-        *more,
-        **how,
-    )
+    return launch("train.py", *command(world, out, *more), **how)
 
 
 def weights(out):
@@ -202,6 +215,70 @@ def test_the_first_loss_is_the_closed_form_in_the_reference_margins(alone):
     assert first["loss"] == pytest.approx(total / 3, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "calm"])
+def test_the_first_loss_of_a_method_is_its_closed_form_and_processes_change_nothing(world, method):
+    """SFT: minus the nats of the gold answers; DPO: log 2 a pair, and so CALM, for those it has."""
+    import random
+
+    import data
+
+    out = world / method
+    text = train(world, out, "--method", method)
+    lines = {
+        line["id"]: line
+        for line in map(json.loads, (out / "answers.jsonl").read_text().splitlines())
+    }
+    top = {
+        id: [max(range(len(nats)), key=nats.__getitem__) for nats in line["base"].values()]
+        for id, line in lines.items()
+    }
+    questions = data.load(f"jsonl:{world / 'q.jsonl'}", ["en", "es", "fr"])
+    order = data.split(questions, 7, None, 0)[0]
+    if method == "calm":
+        order = [question for question in order if len(set(top[question.id])) > 1]
+        vote = json.loads((out / "metrics.json").read_text())["vote"]
+        assert vote["unanimous"] == 7 - len(order) > 0 and "unanimous" in text
+        assert vote["ties"] == sum(len(set(top[question.id])) == 3 for question in order)
+    draws = [(q, 0) for q in range(len(order))]
+    random.Random("order/0/0").shuffle(draws)
+    first = [order[q] for q, _ in draws[:3]]
+    if method == "sft":
+        terms = [-nats[q.gold] for q in first for nats in lines[q.id]["base"].values()]
+    elif method == "dpo":
+        terms = [math.log(2)] * 9
+    else:
+        trained = [1 if len(set(top[q.id])) == 2 else 2 for q in first]  # languages of each
+        terms = [math.log(2)] * sum(trained)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[0]["loss"] == pytest.approx(sum(terms) / len(first), rel=1e-4)
+    assert len(log) == -(-len(order) // 3)
+    assert ("rewards/accuracy" in log[0]) == (method != "sft") and "residual/en" not in log[0]
+    train(world, world / f"{method}-ranks", "--method", method, processes=2)
+    assert_same(world / f"{method}-ranks", out)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_method_that_needs_gold_names_a_question_without(world, tmp_path, method):
+    lines = [json.loads(line) for line in (world / "q.jsonl").read_text().splitlines()]
+    del lines[3]["gold"]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    more = ("--data", f"jsonl:{tmp_path / 'q.jsonl'}", "--train_questions", 11, "--method", method)
+    text = train(world, tmp_path / "out", *more, fails=True)
+    assert "which 1 training questions lack, '3' first" in text and "Traceback" not in text
+
+
+def test_calm_says_so_where_the_languages_agree_on_everything(world, tmp_path):
+    lines = [json.loads(line) for line in (world / "q.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {
+            part: dict.fromkeys(line[part], line[part]["en"]) for part in ("prompts", "answers")
+        }
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    more = ("--data", f"jsonl:{tmp_path / 'q.jsonl'}", "--method", "calm")
+    text = train(world, tmp_path / "out", *more, fails=True)
+    assert "agree on every training question" in text and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_together_train_what_one_process_trains(world, alone, processes):
     """Uneven shares included: 9 rows in a step, 3 in the last; several packs for each process."""
@@ -289,7 +366,7 @@ def test_the_steps_bring_the_policy_to_the_optimal_one(process_group, beta):
 def test_rankc_reports_the_same_numbers_as_the_run(world, alone):
     out, _ = alone
     text = launch(
-        ROOT / "rankc.py",
+        "rankc.py",
         "--model",
         out,
         "--data",
@@ -327,16 +404,28 @@ BAD = [
     (["--nonsense", "1"], "--nonsense"),
     (["--schedule", "stairs"], "invalid choice"),
     (["--score", "median"], "invalid choice"),
+    (["--method", "ppo"], "invalid choice"),
+    (["--method", "calm", "--langs", "en", "es"], "three languages or more; --langs names en es"),
+    (["--method", "dpo", "--candidates", "3"], "--candidates is for --method dco; dpo has no use"),
+    (["--method", "sft", "--trust", "en=2"], "--trust is for --method dco"),
+    (["--method", "calm", "--gamma", "[[0,1,1],[1,0,1],[1,1,0]]"], "--gamma is for --method dco"),
+    (["--method", "dpo", "--objective", "pairwise"], "--objective is for --method dco"),
+    (["--train_subjects", "biology"], "there is no subject 'biology'; there are even, odd"),
+    (["--test_subjects", "odd", "biology"], "there is no subject 'biology'"),
 ]
 
 
 @pytest.mark.parametrize(
     "arguments, message", BAD, ids=[" ".join(arguments) for arguments, _ in BAD]
 )
-def test_bad_settings_end_with_a_message_and_no_traceback(world, tmp_path, arguments, message):
-    text = train(world, tmp_path / "out", *arguments, fails=True)
-    assert message in text and "Traceback" not in text
+def test_bad_settings_end_with_a_message_and_leave_nothing(world, tmp_path, arguments, message):
+    assert message in train(world, tmp_path / "out", *arguments, fails=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_many_processes_tell_of_bad_input_once(world, tmp_path):
+    text = train(world, tmp_path / "out", "--trust", "en=0", fails=True, processes=2)
+    assert text.count("error: --trust en=0: must be positive") == 1
 
 
 def test_a_folder_that_holds_something_is_refused_before_any_work(world, alone):
@@ -352,21 +441,36 @@ def test_a_gamma_of_another_rank_warns_and_trains(world):
 def test_the_embedded_defaults_give_way_to_what_is_asked():
     import train
 
-    assert train.embedded_defaults(train.Config(langs=["en", "sw"]))["trust"] == ["en=2"]
-    assert "trust" not in train.embedded_defaults(train.Config(langs=["fr", "es"]))
-    assert "trust" not in train.embedded_defaults(train.Config(gamma=["0.1", "10"]))
-    assert train.embedded_defaults(train.Config(model="some/model")) == {}
+    assert train.defaults(train.Config(langs=["en", "sw"]))["trust"] == ["en=2"]
+    assert "trust" not in train.defaults(train.Config(langs=["fr", "es"]))
+    assert "trust" not in train.defaults(train.Config(gamma=["0.1", "10"]))
+    assert "trust" not in train.defaults(train.Config(method="dpo"))
+
+
+@pytest.mark.parametrize(
+    "method, wanted",
+    [
+        ("dco", {"lr": 1e-5}),
+        ("sft", {"lr": 5e-7}),
+        ("dpo", {"lr": 5e-6, "beta": 0.1}),
+        ("calm", {"lr": 5e-6, "beta": 0.1}),
+    ],
+)
+def test_each_method_has_the_rate_of_app_g_and_xcsqa_its_seven_pairs(method, wanted):
+    import train
+
+    assert train.defaults(train.Config(model="some/model", method=method)) == wanted
+    seven = train.defaults(train.Config(model="some/model", method=method, data="xcsqa:DIR"))
+    assert seven == {**wanted, "pairs_per_question": 7}
 
 
 def test_data_of_ones_own_needs_a_model(world):
-    assert "needs --model" in launch(
-        ROOT / "train.py", "--data", f"jsonl:{world / 'q.jsonl'}", fails=True
-    )
+    assert "needs --model" in launch("train.py", "--data", f"jsonl:{world / 'q.jsonl'}", fails=True)
 
 
 def test_the_default_run_makes_the_embedded_model_consistent(tmp_path):
     """`torchrun train.py`: CLC gains on both splits, English loses no more than a point."""
-    text = launch(ROOT / "train.py", processes=1, cwd=tmp_path)
+    text = launch("train.py", processes=1, cwd=tmp_path)
     metrics = json.loads((tmp_path / "runs" / "1" / "metrics.json").read_text())
     for split in ("train", "test"):
         assert metrics[split]["trained"]["clc"] > metrics[split]["base"]["clc"] + 0.01

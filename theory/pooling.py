@@ -46,9 +46,8 @@ def pool(reports: Tensor, trust: Tensor | None = None) -> Tensor:
 
 
 def vote(reports: Tensor) -> Tensor:
-    """Votes for each answer; ties go by the summed log-probs, squeezed under one vote."""
-    votes = torch.nn.functional.one_hot(reports.argmax(-1), reports.shape[-1]).sum(-2)
-    return votes + reports.sum(-2).softmax(-1) / 2
+    """CALM's target, as scores that it leads: (E, L, K) -> (E, K)."""
+    return torch.nn.functional.one_hot(dco.majority_vote(reports)[0], reports.shape[-1])
 
 
 def symmetric(shares: list[float], K: int) -> Tensor:
