@@ -182,28 +182,40 @@ def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict,
                           *("" if x is None else f"{x:.2f}" for x in nats)])
         texts += [f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
                   "accuracy, answers changed (Δ), per cent; entropy H, nats", *columns(lines)]
-        after = rows.get("trained", {})
         if len(langs) > 2:
-            texts += ["CLC of each pair" + " and, above the diagonal, its change" * bool(after)]
-            old, new = rows["base"]["clc_matrix"], after.get("clc_matrix")
-            texts += columns([["", *langs]] + [
-                [lang, *(percent(old[i][j]) if j < i else percent(new[i][j] - old[i][j], "+.1f")
-                         if j > i and new else "" for j in range(len(langs)))]
-                for i, lang in enumerate(langs)])
+            texts += ["CLC of each pair; above the diagonal its change, once there is one",
+                      *columns(pairs(rows, langs))]
         if by_subject:
-            lines = [["subject", "questions", "CLC", *langs]]
-            parts = rows.setdefault("subjects", {})
-            for subject in sorted({question.subject for question in questions}):
-                picked = [q for q, question in enumerate(questions) if question.subject == subject]
-                part = measure_all(questions, mine, langs, parts.setdefault(subject, {}), picked)
-                pairs = [(row["clc"], *row["accuracy"].values())
-                         for row in (part["base"], part.get("trained")) if row]
-                lines.append([subject, str(len(picked)), *(
-                    " ".join([percent(values[0]), *(percent(x - values[0], "+.1f")
-                                                    for x in values[1:] if x is not None)])
-                    for values in zip(*pairs, strict=True))])
-            texts += ["by subject" + ", with the change" * bool(after), *columns(lines)]
+            texts += ["by subject, with the change, once there is one",
+                      *columns(subjects(questions, mine, langs, rows.setdefault("subjects", {})))]
     return "\n".join(texts)
+
+
+def pairs(rows: dict, langs: list[str]) -> list[list[str]]:
+    """The CLC matrix (section 6.1, App. L) as cells."""
+    old, new = (rows.get(name, rows["base"])["clc_matrix"] for name in ("base", "trained"))
+    lines = [["", *langs]]
+    for i, lang in enumerate(langs):
+        change = [percent(new[i][j] - old[i][j], "+.1f") for j in range(i + 1, len(langs))]
+        lines.append([lang, *map(percent, old[i][:i]), "",
+                      *(change if "trained" in rows else [""] * len(change))])
+    return lines
+
+
+def subjects(questions: list[data.Question], tables: dict[str, Tensor], langs: list[str],
+             parts: dict) -> list[list[str]]:
+    """A row for each subject (section 6.3), as cells; fills `parts` with each one's measures."""
+    lines = [["subject", "questions", "CLC", *langs]]
+    for subject in sorted({question.subject for question in questions}):
+        picked = [q for q, question in enumerate(questions) if question.subject == subject]
+        rows = measure_all(questions, tables, langs, parts.setdefault(subject, {}), picked)
+        lines.append([subject, str(len(picked))])
+        old, new = ([row["clc"], *row["accuracy"].values()]
+                    for row in (rows["base"], rows.get("trained", rows["base"])))
+        for a, b in zip(old, new, strict=True):
+            change = f" {percent(b - a, '+.1f')}" if "trained" in rows and a is not None else ""
+            lines[-1].append(percent(a) + change)
+    return lines
 
 
 def write_answers(path: Path, splits: Splits, tables: Tables, langs: list[str]) -> None:
