@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -399,6 +400,8 @@ BAD = [
     (["--trust", "sw=1"], "'sw' is not among"),
     (["--data", "jsonl:/no/such.jsonl"], "No such file"),
     (["--model", "/no/such/model"], "no causal language model can be loaded"),
+    (["--model", "some-org/some-model"], "or a hub name where there is network"),
+    (["--data", "mmmlu:some-org/some-data"], "some-org/some-data is no folder here, and the hub"),
     (["--candidates", "1"], "two or more"),
     (["--batch_questions", "0"], "at least 1"),
     (["--nonsense", "1"], "--nonsense"),
@@ -421,6 +424,21 @@ BAD = [
 def test_bad_settings_end_with_a_message_and_leave_nothing(world, tmp_path, arguments, message):
     assert message in train(world, tmp_path / "out", *arguments, fails=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_found_by_its_hub_name(world, tmp_path, monkeypatch):
+    """In a cache laid out as the hub's client lays it out, for no test may need the network."""
+    import huggingface_hub
+
+    import rankc
+
+    home = tmp_path / "models--some-org--some-model"
+    shutil.copytree(world / "model", home / "snapshots" / "abc")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model, tokenizer = rankc.load_model(rankc.EvalConfig(model="some-org/some-model"), "cpu")
+    assert model.config.hidden_size == 32 and len(tokenizer) == model.config.vocab_size
 
 
 def test_many_processes_tell_of_bad_input_once(world, tmp_path):
