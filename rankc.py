@@ -314,22 +314,24 @@ def compare(folders: list[str], markdown: bool = False) -> str:
     return "\n".join(texts)
 
 
-def draw_clc(path: Path, before: dict, after: dict, langs: list[str]) -> bool:
-    """The CLC matrix and its change, as in Figures 4 to 8; False where matplotlib is missing."""
+def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> bool:
+    """The CLC matrix and its change, if any, as in Figures 4 to 8; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    old, new = (100 * torch.tensor(row["clc_matrix"]) for row in (before, after))
+    old, new = (100 * torch.tensor(row["clc_matrix"]) for row in (before, after or before))
     reach = max(1.0, (new - old).abs().max().item())
     old.fill_diagonal_(math.nan)
     side = max(3.2, 0.5 * len(langs) + 1)
-    figure = Figure(figsize=(2 * side + 1, side + 0.4), layout="constrained")
     score, change = ({"cmap": "viridis", "vmin": 0, "vmax": 100},
                      {"cmap": "RdBu", "vmin": -reach, "vmax": reach})  # centred at zero
-    panels = [("CLC before, per cent", old, "{:.1f}", score),
-              ("change, points", new - old, "{:+.1f}", change)]
-    for axes, (title, values, form, look) in zip(figure.subplots(1, 2), panels, strict=True):
+    panels = [("CLC before, per cent" if after else "CLC, per cent", old, "{:.1f}", score)]
+    if after:
+        panels.append(("change, points", new - old, "{:+.1f}", change))
+    figure = Figure(figsize=((side + 0.5) * len(panels), side + 0.4), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, values, form, look) in zip(grid, panels, strict=True):
         image = axes.imshow(values.numpy(), **look)
         axes.set(title=title)
         axes.set_xticks(range(len(langs)), langs)
@@ -592,6 +594,8 @@ class RankcConfig(EvalConfig):
 
 def main() -> None:
     config = parse(RankcConfig, "rankc.py")
+    if config.markdown and not config.compare:
+        raise data.InputError("--markdown is for --compare")
     if config.compare:
         print(compare(config.compare, config.markdown))
         return
@@ -617,6 +621,7 @@ def main() -> None:
         (out / "run.json").write_text(json.dumps(asdict(config), indent=1))
         (out / "metrics.json").write_text(json.dumps({**metrics, "seconds": spent}, indent=1))
         write_answers(out / "answers.jsonl", splits, {"base": base}, config.langs)
+        draw_clc(out / "clc.png", metrics[list(splits)[-1]]["base"], None, config.langs)
         say(f"\nwrote {out}")
 
 

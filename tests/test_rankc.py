@@ -353,5 +353,6 @@ def test_the_picture_of_the_clc_matrix_is_drawn(tmp_path, languages):
     reports = [
         rankc.measure(*[torch.randn(languages, 20, 5)] * 2, [0] * 20, langs) for _ in range(2)
     ]
-    assert rankc.draw_clc(tmp_path / "clc.png", *reports, langs)
+    for after in (reports[1], None):
+        assert rankc.draw_clc(tmp_path / "clc.png", reports[0], after, langs)
     assert (tmp_path / "clc.png").read_bytes()[:4] == b"\x89PNG"
