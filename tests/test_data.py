@@ -183,6 +183,7 @@ def test_mmmlu_refuses_broken_rows_by_file_and_line(tmp_path):
         ([ROWS[0], ROWS[1][:4]], "maths_test_zu.csv, line 2: 4 fields, not 6: question, A, B"),
         ([ROWS[0], [*ROWS[1][:5], "E"]], "maths_test_zu.csv, line 2: row '1' with answer 'E'"),
         ([["two\nlines", *ROWS[0][1:]], ["x"]], "maths_test_zu.csv, line 3: 1 fields"),
+        ([ROWS[0], ["two\nlines", "x"]], "maths_test_zu.csv, line 2: 2 fields"),
         ([[" ", *ROWS[0][1:]], ROWS[1]], "maths_test_zu.csv, line 1: the question 'maths/0' is em"),
         ([ROWS[0]], "maths has 1 rows in zu, 2 in en"),
     ]:
