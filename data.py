@@ -108,7 +108,7 @@ def rows(path: Path, names: list[str], skip: int = 0, delimiter: str = ","
          ) -> Iterator[tuple[str, list[str]]]:
     """Each row of a CSV file after the first `skip` and where it begins; a field for each name."""
     with reading(path) as file:
-        reader, line = csv.reader(file, delimiter=delimiter), 1
+        reader, line = csv.reader(file, delimiter=delimiter, strict=True), 1
         try:
             for number, row in enumerate(reader):
                 where, line = f"{path}, line {line}", reader.line_num + 1
@@ -244,21 +244,27 @@ def align(place: str, tables: dict[str, dict[str, Row]], say, most: float) -> Lo
     """Join the languages' rows on their ids, with lm-evaluation-harness's prompt; answers: letters.
 
     Questions that are not in every language, or whose key is not the same in all, are dropped and
-    counted. Raises InputError where keys differ in more than the share `most` of the questions:
-    then options stand in another order in each language, and letters are no parallel answers.
+    counted; gold is None where a language has no key. Raises InputError where keys differ in more
+    than the share `most` of the others: then letters are no parallel answers.
     """
     first = next(iter(tables.values()))
     shared = [i for i in first if all(i in table for table in tables.values())]
     if alone := len(set().union(*tables.values())) - len(shared):
         say(f"{place}: dropped {alone} questions that are not in every language")
-    differ = {i for i in shared if len({table[i].key for table in tables.values()} - {""}) > 1}
-    if len(differ) > most * len(shared):
-        example = next(i for i in shared if i in differ)
-        keys = "; ".join(f"{lang} {table[example].key} ({table[example].where})"
-                         for lang, table in tables.items())
-        raise InputError(f"{place}: the right letter of {len(differ)} of {len(shared)} questions "
-                         f"differs between languages, as of {example!r}: {keys}. The options are "
-                         "permuted, so they are no parallel answers; give an aligned copy")
+    keys = {i: {table[i].key for table in tables.values()} for i in shared}
+    known = [i for i in shared if "" not in keys[i]]
+    differ = {i for i in known if len(keys[i]) > 1}
+    if len(differ) > most * len(known):
+        example = next(i for i in known if i in differ)
+        letters = "; ".join(f"{lang} {table[example].key} ({table[example].where})"
+                            for lang, table in tables.items())
+        raise InputError(f"{place}: the right letter of {len(differ)} of {len(known)} questions "
+                         f"differs between languages, as of {example!r}: {letters}. Options or "
+                         "rows stand in another order, so letters are no parallel answers; give "
+                         "an aligned copy")
+    if len(known) < len(shared):
+        say(f"{place}: {len(shared) - len(known)} questions lack an answer key: they count for "
+            "consistency, not for accuracy, and nothing shows whether their options are parallel")
     if differ:
         say(f"{place}: dropped {len(differ)} questions in all languages: their answer keys differ")
     for i in shared:
@@ -272,8 +278,7 @@ def align(place: str, tables: dict[str, dict[str, Row]], say, most: float) -> Lo
             lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
             prompts[lang] = "\n".join([question.strip(), *lettered, "Answer:"])
             answers[lang] = tuple(f" {letter}" for letter in LETTERS[:len(options)])
-        keys = {table[i].key for table in tables.values()} - {""}
-        gold = LETTERS.index(keys.pop()) if keys else None
+        gold = None if "" in keys[i] else LETTERS.index(*keys[i])
         yield where, Question(i, subject, gold, prompts, answers)
 
 
@@ -284,10 +289,12 @@ def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
     stands for its locale. Row n of a subject is the same question in every language.
     """
     wanted = [f"*mmlu_{lang.upper()}{'' if '-' in lang else '-*'}.csv" for lang in langs]
-    files = mmlu_files(fetch("mmmlu", place, wanted))
+    home = fetch("mmmlu", place, wanted)
+    files, archive = mmlu_files(home), home / "data.tar"
     with tempfile.TemporaryDirectory() as folder:
-        if "en" in langs and "en" not in files and not Path(place).is_dir():  # a hub's name
-            archive = fetch("mmmlu", "cais/mmlu", ["data.tar"]) / "data.tar"
+        if "en" in langs and "en" not in files and (archive.exists() or not Path(place).is_dir()):
+            if not archive.exists():  # place is a hub's name, and MMMLU leaves English out
+                archive = fetch("mmmlu", "cais/mmlu", ["data.tar"]) / "data.tar"
             try:
                 with tarfile.open(archive) as tar:
                     for member in tar:
@@ -297,16 +304,21 @@ def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
             except (OSError, tarfile.TarError) as error:
                 raise InputError(f"{archive}: {error}") from error
             files |= mmlu_files(Path(folder))
-        tables, sizes = {}, {}
+        tables, sizes, taken = {}, {}, {}
         for lang in langs:
-            layouts = files.get(lang.lower(), {})
-            if not layouts:
-                raise InputError(f"{place} has no language {lang!r}; it has "
-                                 f"{', '.join(sorted(files)) or 'no file of MMLU or MMMLU'}")
-            if len(layouts) > 1:
-                raise InputError(f"{place} has {lang!r} more than once: {' and '.join(layouts)}; "
+            sources = files.get(lang.lower(), {})
+            if not sources:
+                hint = "; English is the original MMLU, its CSV files or data.tar in the folder"
+                raise InputError(f"{place} has no language {lang!r} that was found; it has "
+                                 f"{', '.join(sorted(files)) or 'no ' + ' and no '.join(wanted)}"
+                                 + hint * (lang == "en"))
+            if len(sources) > 1:
+                raise InputError(f"{place} has {lang!r} more than once: {' and '.join(sources)}; "
                                  "name the locale, or keep one")
-            found = [row for paths in layouts.values() for path in paths for row in mmlu_rows(path)]
+            ((source, parts),) = sources.items()
+            if (twin := taken.setdefault(source, lang)) != lang:
+                raise InputError(f"--langs: {twin} and {lang} are both {source}")
+            found = [row for path, subject in parts for row in mmlu_rows(path, subject)]
             tables[lang] = unique(found)
             sizes[lang] = Counter(row.subject for _, row in found)
             for subject in sizes[lang].keys() & sizes[langs[0]].keys():
@@ -314,33 +326,38 @@ def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
                     raise InputError(
                         f"{place}: {subject} has {sizes[lang][subject]} rows in {lang}, "
                         f"{sizes[langs[0]][subject]} in {langs[0]}; row n must be one question")
-        yield from align(place, tables, say, most=1.0)
+        yield from align(place, tables, say, most=0.5)  # of unrelated rows three in four differ
 
 
-def mmlu_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """The files of each language or locale, in lower case, by the layout that they are in."""
+def mmlu_files(folder: Path) -> dict[str, dict[str, list[tuple[Path, str]]]]:
+    """Of each language and locale, in lower case, the sources; of each the files with subjects.
+
+    A published file, which holds many, has the subject "".
+    """
     found = {}
     roots = folder, folder / "test", folder / "data" / "test"
     for path in sorted(path for root in roots for path in root.glob("*.csv")):
-        if name := re.fullmatch(r"mmlu_((\w+)-\w+)\.csv", path.name):
-            found.setdefault(name[1].lower(), {})[path.name] = [path]
-            found.setdefault(name[2].lower(), {})[path.name] = [path]
-        elif name := re.fullmatch(r".+_test(?:_([\w-]+))?\.csv", path.name):
-            layouts = found.setdefault((name[1] or "en").lower(), {})
-            layouts.setdefault("<subject>_test.csv", []).append(path)
+        if name := re.fullmatch(r"mmlu_([A-Za-z]+-[A-Za-z]+)\.csv", path.name):
+            locale, subject, source = name[1], "", str(path)
+        elif name := re.fullmatch(r"(.+?)_test(?:_([\w-]+))?\.csv", path.name):
+            locale, subject = name[2] or "en", name[1]
+            source = str(path.with_name(path.name.replace(subject, "<subject>", 1)))
+        else:
+            continue
+        for code in {locale.lower(), locale.lower().partition("-")[0]}:
+            found.setdefault(code, {}).setdefault(source, []).append((path, subject))
     return found
 
 
-def mmlu_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def mmlu_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
     """Ids, subject/row, and rows of a file of either layout."""
     letters = ["A", "B", "C", "D"]
-    if path.name.startswith("mmlu_"):
+    if not subject:
         names = ["row of the subject", "Question", *letters, "Answer", "Subject"]
         numbered = [(where, *row) for where, row in rows(path, names)]
         if not numbered or list(numbered.pop(0)[2:]) != names[1:]:
             raise InputError(f"{path}, line 1: the header is not {', '.join(names)}")
     else:
-        subject = path.name.partition("_test")[0]
         numbered = [(where, str(n), *row, subject) for n, (where, row) in
                     enumerate(rows(path, ["question", *letters, "letter of the answer"]))]
     for where, n, question, *options, key, subject in numbered:
@@ -361,28 +378,25 @@ def unique(found: Iterable[tuple[str, Row]]) -> dict[str, Row]:
 
 
 def load_xcsqa(place: str, langs: list[str], say) -> Loaded:
-    """X-CSQA, `[X-CSQA/]<lang>/dev.jsonl`, joined on id; else `test.jsonl`, which has no keys.
+    """X-CSQA, `[X-CSQA/]<lang>/dev.jsonl`, joined on id; without any, the blind `test.jsonl`.
 
     The published files permute the options of each language, which is refused (see `align`).
     """
     folder, found = fetch("xcsqa", place, [f"*X-CSQA/{lang}*/*.jsonl" for lang in langs]), {}
     for root in (folder, folder / "X-CSQA", folder / "X-CSR_datasets" / "X-CSQA"):
         for path in root.glob("*/*.jsonl"):
-            found["ja" if path.parent.name == "jap" else path.parent.name, path.stem] = path
-    whole = [part for part in ("dev", "test") if all((lang, part) in found for lang in langs)]
-    part = whole[0] if whole else "dev"
+            lang = "ja" if path.parent.name == "jap" else path.parent.name
+            if (twin := found.setdefault((lang, path.stem), path)) != path:
+                raise InputError(f"{place} has {lang!r} twice: {twin} and {path}; keep one")
+    part = "dev" if any((lang, "dev") in found for lang in langs) else "test"
     tables = {}
     for lang in langs:
         if (lang, part) not in found:
-            there = sorted({name for name, stem in found if stem in ("dev", "test")})
+            there = sorted({name for name, stem in found if stem == part}) or [
+                "no X-CSQA/<lang>/dev.jsonl; unpack the authors' xcsr_datasets.zip and name that"]
             raise InputError(f"{place} has no language {lang!r} ({lang}/dev.jsonl); it has "
-                             f"{', '.join(there) or 'none in the layout of xcsr_datasets.zip'}")
+                             f"{', '.join(there)}")
         tables[lang] = unique(xcsqa_rows(found[lang, part]))
-    blind = sum(not any(table[i].key for table in tables.values() if i in table)
-                for i in tables[langs[0]])
-    if blind:
-        say(f"{place}: {blind} questions of {part}.jsonl have no answer key: they count for "
-            "consistency, not for accuracy, and it cannot be checked that options are parallel")
     yield from align(place, tables, say, most=0.01)
 
 
@@ -458,8 +472,13 @@ def split(questions: list[Question], train: int | None, test: int | None, seed: 
     rest = [q for q in order if q.id not in taken and
             (q.subject in test_subjects if test_subjects else q.subject not in train_subjects)]
     if min(train or 0, test or 0) < 0 or (train or 0) > len(pool) or (test or 0) > len(rest):
-        raise InputError(f"{train} training and {test} held-out questions asked for, but there are "
-                         f"{len(pool)} to train on and then {len(rest)} others")
+        asked = ["all" if number is None else number for number in (train, test)]
+        raise InputError(f"{asked[0]} training and {asked[1]} held-out questions asked for, but "
+                         f"there are {len(pool)} to train on and then {len(rest)} others")
+    for subject in test_subjects:
+        if not any(q.subject == subject for q in rest[:test]):
+            raise InputError(f"no question of {subject!r} is left to report on: all are trained on,"
+                             " or --test_questions is too small")
     return chosen, rest[:test]
 
 

@@ -245,21 +245,31 @@ class Run(NamedTuple):
 
 def read_run(folder: Path) -> Run:
     """A finished run. Where its --model is a run on the same questions, that one's base counts."""
-    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    lines = [line for _, line in data.json_lines(folder / "answers.jsonl")]
-    split, langs = lines[-1]["split"], settings["langs"]
-    lines = [line for line in lines if line["split"] == split]
-    base, trained = (torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor([line[name][lang] for lang in langs]).T for line in lines], batch_first=True,
-        padding_value=-torch.inf).permute(2, 0, 1) for name in ("base", "trained"))
-    model = settings["model"] or f"embedded model, seed {settings['seed']}"
-    run = Run(model, f"{settings['data']}, {len(lines)} questions of the {split} split, scored by "
-              f"{settings['score']}", langs, [line["id"] for line in lines],
-              [line["gold"] for line in lines], base, trained)
-    if (Path(model) / "metrics.json").is_file():
-        first = read_run(Path(model))
-        if (first.about, first.langs, first.ids) == (run.about, run.langs, run.ids):
-            run = run._replace(model=first.model, base=first.base)
+    try:
+        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        lines = [line for _, line in data.json_lines(folder / "answers.jsonl")]
+        split, langs = "test" if "test" in metrics else "train", settings["langs"]
+        lines = [line for line in lines if line["split"] == split]
+        if len(lines) != metrics[split]["questions"]:
+            raise data.InputError(f"answers.jsonl has {len(lines)} of "
+                                  f"{metrics[split]['questions']} questions")
+        base, trained = (torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor([line[name][lang] for lang in langs]).T for line in lines],
+            batch_first=True, padding_value=-torch.inf).permute(2, 0, 1)
+            for name in ("base", "trained"))
+        model = settings["model"] or f"embedded model, seed {settings['seed']}"
+        run = Run(model, f"{settings['data']}, {len(lines)} questions of the {split} split, scored "
+                  f"by {settings['score']}", langs, [line["id"] for line in lines],
+                  [line["gold"] for line in lines], base, trained)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise data.InputError(f"{folder} is not a whole run of train.py: {error!r}") from error
+    for home in (Path(model), folder.parent / Path(model).name):  # there, or moved with this one
+        if (home / "metrics.json").is_file() and home.resolve() != folder.resolve():
+            first = read_run(home)
+            same = (first.langs, first.ids) == (run.langs, run.ids)
+            if same and torch.allclose(first.trained, run.base, atol=0.5):  # nats
+                return run._replace(model=first.model, base=first.base)
     return run
 
 
@@ -300,6 +310,8 @@ def compare(folders: list[str], markdown: bool = False) -> str:
                  ["base", *(percent(_mean(values)) for values in shares(base.base))]]
         for name, run in runs:
             lines.append([name])
+            if not torch.allclose(run.base, base.base, atol=0.05):  # nats
+                texts.append(f"note: the base of {name} scores otherwise than that of {runs[0][0]}")
             for new, old in zip(shares(run.trained), shares(run.base), strict=True):
                 change, n = new - old, len(new)
                 error = f" ± {percent(float(change.std()) / n ** 0.5)}" if n > 1 else ""
@@ -370,7 +382,8 @@ class EvalConfig:
                               "A language trusted more moves less")
     gamma: list[str] = option([], "instead of trust: gamma_1 gamma_2 (Eq. 6) for two languages, or "
                               "a JSON matrix of gamma_ij (Eq. 15)")
-    train_questions: int | None = option(0, "questions in the training split, reported apart")
+    train_questions: int | None = option(None, "questions in the training split, reported apart "
+                                         "(default: none, or all of --train_subjects)")
     test_questions: int | None = option(None, "held-out questions (default: all others)")
     train_subjects: list[str] = option([], "train on these subjects alone (section 6.3), on all of "
                                        "their questions by default")
@@ -448,6 +461,8 @@ def read(config: EvalConfig, say: Callable = print) -> Splits:
         if kind not in data.TRAIN_QUESTIONS:
             raise data.InputError(f"--train_questions: how many of {len(questions)} to train on?")
         train = data.TRAIN_QUESTIONS[kind]
+        if config.test_subjects:
+            train = min(train, sum(q.subject not in config.test_subjects for q in questions))
     parts = data.split(questions, train, config.test_questions, config.split_seed,
                        config.train_subjects, config.test_subjects)
     return {name: part for name, part in zip(("train", "test"), parts, strict=True) if part}
@@ -593,7 +608,8 @@ class RankcConfig(EvalConfig):
 
 
 def main() -> None:
-    config = parse(RankcConfig, "rankc.py")
+    config = parse(RankcConfig, "rankc.py",
+                   lambda given: {} if given.train_subjects else {"train_questions": 0})
     if config.markdown and not config.compare:
         raise data.InputError("--markdown is for --compare")
     if config.compare:

@@ -65,7 +65,7 @@ class Config(EvalConfig):
     epochs: int = option(1, "passes over the training questions")
     batch_questions: int = option(4, "questions in an optimizer step, over all processes")
     pairs_per_question: int = option(1, "draws of candidates from each question (App. H: 7 of "
-                                     "X-CSQA); those of sft and calm are all the same")
+                                     "X-CSQA); sft and calm have but one")
     candidates: int = option(2, "candidates in a draw; a question with fewer gives all it has")
     seed: int = option(0, "seed of draws, of their order and of the embedded model")
     grad_clip: float = option(1.0, "largest gradient norm; 0 for none")
@@ -84,7 +84,7 @@ def defaults(config: Config) -> dict:
     found = {"lr": RATES[config.method]}
     if config.method in ("dpo", "calm"):
         found["beta"] = 0.1
-    if config.data.startswith("xcsqa:"):
+    if config.data.startswith("xcsqa:") and config.method in ("dco", "dpo"):
         found["pairs_per_question"] = 7  # App. H
     if not config.model:
         found |= {"lr": 30 * found["lr"], "epochs": 11, "batch_questions": 8}
@@ -305,9 +305,12 @@ def check_settings(config: Config) -> None:
     if config.method == "calm" and len(config.langs) < 3:
         raise data.InputError("--method calm: a majority takes three languages or more; "
                               f"--langs names {' '.join(config.langs)}")
-    for name in ("trust", "gamma", "objective", "candidates"):
-        if config.method != "dco" and getattr(config, name) != getattr(Config(), name):
-            raise data.InputError(f"--{name} is for --method dco; {config.method} has no use of it")
+    idle = ["trust", "gamma", "objective", "candidates"] * (config.method != "dco")
+    idle += ["pairs_per_question"] * (config.method in ("sft", "calm"))
+    idle += ["beta"] * (config.method == "sft")
+    for name in idle:
+        if getattr(config, name) != getattr(Config(), name):
+            raise data.InputError(f"--{name}: --method {config.method} has no use of it")
     if not config.model and config.data != "atlas":
         raise data.InputError(f"--data {config.data} needs --model: without, there is atlas only")
     for name in ("epochs", "batch_questions", "pairs_per_question", "log_every"):
@@ -442,6 +445,8 @@ def main() -> None:
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         settings = {**asdict(config), "out": str(out), **environment()}
+        if Path(config.model).is_dir() and config.model:  # so that it is found from anywhere
+            settings["model"] = str(Path(config.model).resolve())
         (out / "run.json").write_text(json.dumps(settings, indent=1))
     with stage("train"), open(out / "log.jsonl" if rank == 0 else os.devnull, "w") as file:
         steps = draw([splits["train"][q] for q in kept], [trees["train"][q] for q in kept],
@@ -460,10 +465,10 @@ def main() -> None:
     say(changes(splits[last], base[last], tables["trained"][last], langs) or "  none")
     if rank == 0:
         metrics |= {"seconds": seconds, "tokens": {"train": tokens}}
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
         del tables["optimum"]  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
         rankc.draw_clc(out / "clc.png", metrics[last]["base"], metrics[last]["trained"], langs)
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1))  # last: the run is whole
     spent = ", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items())
     say(f"\n{spent}; wrote {out}")
 

@@ -186,10 +186,14 @@ def test_mmmlu_refuses_broken_rows_by_file_and_line(tmp_path):
         ([ROWS[0], ["two\nlines", "x"]], "maths_test_zu.csv, line 2: 2 fields"),
         ([[" ", *ROWS[0][1:]], ROWS[1]], "maths_test_zu.csv, line 1: the question 'maths/0' is em"),
         ([ROWS[0]], "maths has 1 rows in zu, 2 in en"),
+        ([[*row[:5], "D"] for row in ROWS], "right letter of 2 of 2 questions differs"),
     ]:
         original(tmp_path, "maths_test_zu.csv", rows)
         with pytest.raises(data.InputError, match=message):
             data.load(f"mmmlu:{tmp_path}", ["en", "zu"])
+    (tmp_path / "maths_test_zu.csv").write_text('2?,1,2,3,4,A\n2?,1,2,3,4,"A')
+    with pytest.raises(data.InputError, match="maths_test_zu.csv, line 2: unexpected end of data"):
+        data.load(f"mmmlu:{tmp_path}", ["en", "zu"])
     (tmp_path / "maths_test_zu.csv").write_text(f'2?,1,2,3,4,A\n"open,1,2,3,4,A\n{"x" * 200_000}')
     with pytest.raises(data.InputError, match="maths_test_zu.csv, line 2: field larger"):
         data.load(f"mmmlu:{tmp_path}", ["en", "zu"])
@@ -205,12 +209,26 @@ def test_mmmlu_refuses_broken_rows_by_file_and_line(tmp_path):
 def test_mmmlu_names_the_locales_that_are_there_and_asks_which_is_meant(tmp_path):
     original(tmp_path, "maths_test.csv")
     published(tmp_path, "ES-LA")
-    with pytest.raises(data.InputError, match="no language 'sw'; it has en, es, es-la"):
+    with pytest.raises(data.InputError, match="no language 'sw' that was found; it has en, es, e"):
         data.load(f"mmmlu:{tmp_path}", ["en", "sw"])
+    with pytest.raises(data.InputError, match="es and ES-LA are both .*mmlu_ES-LA.csv"):
+        data.load(f"mmmlu:{tmp_path}", ["es", "ES-LA"])
     published(tmp_path, "ES-ES")
-    with pytest.raises(data.InputError, match="has 'es' more than once: mmlu_ES-ES.csv and mmlu_E"):
+    with pytest.raises(data.InputError, match="has 'es' more than once: .*mmlu_ES-ES.csv and .*LA"):
         data.load(f"mmmlu:{tmp_path}", ["en", "es"])
     assert len(data.load(f"mmmlu:{tmp_path}", ["en", "es-es"])) == 2
+    (tmp_path / "maths_test.csv").unlink()
+    with pytest.raises(
+        data.InputError, match="no language 'en'.*original MMLU, its CSV files or d"
+    ):
+        data.load(f"mmmlu:{tmp_path}", ["en", "es-es"])
+
+
+def test_mmmlu_reads_a_subject_named_like_the_published_files_and_codes_with_a_region(tmp_path):
+    original(tmp_path, "mmlu_virology_test.csv")
+    original(tmp_path, "mmlu_virology_test_zh-CN.csv")
+    for code in ("zh", "zh-CN"):
+        assert data.load(f"mmmlu:{tmp_path}", ["en", code])[0].subject == "mmlu_virology"
 
 
 def xcsqa(folder, part="dev", **langs):
@@ -249,11 +267,22 @@ def test_xcsqa_with_permuted_options_is_refused_with_count_and_example(tmp_path)
 
 
 def test_xcsqa_without_keys_has_no_gold_and_says_so(tmp_path):
-    xcsqa(tmp_path, part="test", en=[("a", None), ("b", "")], zh=[("b", None), ("a", None)])
-    said = []
-    questions = data.load(f"xcsqa:{tmp_path}", ["en", "zh"], said.append)
-    assert [question.gold for question in questions] == [None, None]
-    assert "2 questions of test.jsonl have no answer key: they count for consistency" in said[0]
+    for keys in (None, "A"):  # keys in one language are no key to the other's letters
+        xcsqa(tmp_path, part="test", en=[("a", keys), ("b", "")], zh=[("b", None), ("a", None)])
+        said = []
+        questions = data.load(f"xcsqa:{tmp_path}", ["en", "zh"], said.append)
+        assert [question.gold for question in questions] == [None, None]
+        assert "2 questions lack an answer key: they count for consistency" in said[0]
+    xcsqa(tmp_path, en=[("a", "A")])
+    with pytest.raises(data.InputError, match="no language 'zh' .zh/dev.jsonl.; it has en"):
+        data.load(f"xcsqa:{tmp_path}", ["en", "zh"])  # the blind split is no stand-in for a gap
+
+
+def test_blind_rows_do_not_hide_permuted_ones(tmp_path):
+    blind = [(str(i), None) for i in range(500)]
+    xcsqa(tmp_path, en=[*blind, ("a", "A"), ("b", "B")], zh=[*blind, ("a", "C"), ("b", "B")])
+    with pytest.raises(data.InputError, match="right letter of 1 of 2 questions differs"):
+        data.load(f"xcsqa:{tmp_path}", ["en", "zh"])
 
 
 def test_xcsqa_drops_and_counts_what_is_not_in_every_language(tmp_path):
@@ -320,6 +349,7 @@ def test_mmmlu_comes_from_the_hub_with_its_english_from_the_original_archive(tmp
     asked = stand_in(monkeypatch, folders)
     questions = data.load("mmmlu:openai/MMMLU", ["en", "sw"], lambda text: None)
     assert [question.id for question in questions] == ["maths/0", "maths/1"]
+    assert len(data.load(f"mmmlu:{tmp_path / 'cais'}", ["en"])) == 4  # the archive in a folder
     assert asked == [
         ("openai/MMMLU", "dataset", ["*mmlu_EN-*.csv", "*mmlu_SW-*.csv"]),
         ("cais/mmlu", "dataset", ["data.tar"]),
@@ -523,10 +553,15 @@ def test_subjects_are_kept_apart_and_unnamed_ones_go_to_the_other_part():
     assert not {q.id for q in train} & {q.id for q in test}
 
 
-@given(st.lists(st.sampled_from("abc"), min_size=6, max_size=30), st.integers(0, 5))
+@given(st.lists(st.sampled_from("ab"), min_size=6, max_size=30), st.integers(0, 5))
 def test_naming_all_subjects_names_none(subjects, seed):
     questions, every = of_subjects(*subjects), sorted(set(subjects))
-    assert data.split(questions, 3, 2, seed, every, every) == data.split(questions, 3, 2, seed)
+    plain = data.split(questions, 3, 2, seed)
+    if {q.subject for q in plain[1]} == set(every):
+        assert data.split(questions, 3, 2, seed, every, every) == plain
+    else:
+        with pytest.raises(data.InputError, match="is left to report on"):
+            data.split(questions, 3, 2, seed, every, every)
 
 
 @pytest.mark.parametrize(
@@ -535,7 +570,9 @@ def test_naming_all_subjects_names_none(subjects, seed):
         (None, None, ["d"], [], "there is no subject 'd'; there are a, b, c"),
         (None, None, ["a"], ["d"], "there is no subject 'd'"),
         (5, None, ["a"], [], "there are 4 to train on"),
-        (None, 4, ["a"], ["b"], "and then 3 others"),
+        (None, 4, ["a"], ["b"], "all training and 4 held-out .* and then 3 others"),
+        (None, None, ["a", "b"], ["b", "c"], "no question of 'b' is left to report on"),
+        (None, 1, ["a"], ["b", "c"], "is left to report on: .* or --test_questions is too small"),
     ],
 )
 def test_subjects_that_cannot_be_are_refused(train, test, train_subjects, test_subjects, message):

@@ -273,7 +273,7 @@ def finished(folder, base, trained, model="base/model", gold=0, langs=("en", "es
         for name, table in {"base": base, "trained": trained}.items()
     }
     rankc.write_answers(folder / "answers.jsonl", splits, tables, list(langs))
-    (folder / "metrics.json").write_text("{}")
+    (folder / "metrics.json").write_text(json.dumps({"test": {"questions": base.shape[1]}}))
     (folder / "log.jsonl").write_text("")
     return folder
 
@@ -323,8 +323,43 @@ def test_a_run_that_goes_on_from_a_run_is_compared_with_where_the_first_began(tm
     direct = finished(tmp_path / "direct", base, both)
     text = rankc.compare([one, two, direct])
     assert cells(text, "dpo-dco") == cells(text, "direct") and text.count("base/model") == 1
-    other = finished(tmp_path / "other", dpo, both, model=str(one), data="jsonl:other")
-    assert f"{one} on jsonl:other" in rankc.compare([two, other])
+    (tmp_path / "moved").mkdir()
+    for folder in (one, two, direct):
+        folder.rename(tmp_path / "moved" / folder.name)
+    again = rankc.compare(sorted((tmp_path / "moved").iterdir()))
+    assert cells(again, "dpo-dco") == cells(text, "dpo-dco") and again.count("base/model") == 1
+
+
+def test_a_run_that_began_elsewhere_is_compared_with_its_own_base(tmp_path, scored):
+    base, dpo, both = scored
+    one = finished(tmp_path / "dpo", base, dpo)
+    other = finished(tmp_path / "other", both, dpo, model=str(one))  # dpo was trained again since
+    fewer = finished(tmp_path / "fewer", dpo[:, :9], both[:, :9], model=str(one))
+    assert rankc.compare([other, fewer]).count(f"{one} on jsonl:q") == 2
+    itself = finished(tmp_path / "itself", base, dpo, model=str(tmp_path / "itself"))
+    assert "itself on jsonl:q" in rankc.compare([itself])
+
+
+def test_bases_that_score_otherwise_are_told(tmp_path, scored):
+    base, first, second = scored
+    folders = [finished(tmp_path / "a", base, first), finished(tmp_path / "b", second, first)]
+    assert "note: the base of b scores otherwise than that of a" in rankc.compare(folders)
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("run.json", "{", "not a whole run of train.py: JSONDecodeError"),
+        ("run.json", "{}", "not a whole run of train.py: KeyError"),
+        ("answers.jsonl", "", "answers.jsonl has 0 of 40 questions"),
+        ("answers.jsonl", "{", "answers.jsonl, line 1: not JSON"),
+    ],
+)
+def test_a_damaged_run_is_named(tmp_path, scored, file, text, message):
+    folder = finished(tmp_path / "a", *scored[:2])
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        rankc.compare([folder])
 
 
 def test_runs_on_other_questions_stand_in_a_table_of_their_own(tmp_path, scored):
@@ -347,12 +382,31 @@ def test_without_gold_answers_a_comparison_has_consistency_alone(tmp_path, score
 
 
 @pytest.mark.parametrize("languages", [2, 4, 17])
-def test_the_picture_of_the_clc_matrix_is_drawn(tmp_path, languages):
-    pytest.importorskip("matplotlib", reason="pictures need the [plot] extra")
-    langs = list("abcdefghijklmnopq"[:languages])
-    reports = [
+def test_the_picture_shows_every_pair_in_numbers_and_centres_the_change(
+    tmp_path, languages, monkeypatch
+):
+    figure = pytest.importorskip("matplotlib.figure", reason="pictures need the [plot] extra")
+    langs, drawn = list("abcdefghijklmnopq"[:languages]), []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+    before, after = (
         rankc.measure(*[torch.randn(languages, 20, 5)] * 2, [0] * 20, langs) for _ in range(2)
-    ]
-    for after in (reports[1], None):
-        assert rankc.draw_clc(tmp_path / "clc.png", reports[0], after, langs)
+    )
+    for last, panels in ((after, 2), (None, 1)):
+        assert rankc.draw_clc(tmp_path / "clc.png", before, last, langs)
+        axes = [axes for axes in drawn[-1].axes if axes.images]
+        assert len(axes) == panels
+        assert all(len(ax.texts) == languages * (languages - 1) for ax in axes)
+        assert [label.get_text() for label in axes[0].get_xticklabels()] == langs
+        (score,) = axes[0].images
+        assert (score.norm.vmin, score.norm.vmax) == (0, 100)
+        shown = {text.get_position(): text.get_text() for text in axes[0].texts}
+        assert shown[1, 0] == f"{100 * before['clc_matrix'][0][1]:.1f}"
+    change = next(axes for axes in drawn[0].axes[1:] if axes.images)
+    assert change.images[0].norm.vmin == -change.images[0].norm.vmax
+    shown = {text.get_position(): text.get_text() for text in change.texts}
+    difference = after["clc_matrix"][0][1] - before["clc_matrix"][0][1]
+    assert shown[1, 0] == f"{100 * difference:+.1f}"
     assert (tmp_path / "clc.png").read_bytes()[:4] == b"\x89PNG"

@@ -280,6 +280,40 @@ def test_calm_says_so_where_the_languages_agree_on_everything(world, tmp_path):
     assert "agree on every training question" in text and not (tmp_path / "out").exists()
 
 
+def test_dpo_then_dco_by_subject_stand_in_one_table_with_what_their_metrics_say(world):
+    """Trained on one subject, reported on two, the second run from the first; then Table 1."""
+    more = ["--train_subjects", "odd", "--train_questions", 3, "--test_subjects", "even", "odd"]
+    train(world, world / "first", *more, "--method", "dpo")
+    text = train(world, world / "second", *more, "--model", world / "first")
+    first, second = (
+        json.loads((world / name / "metrics.json").read_text()) for name in ("first", "second")
+    )
+    parts = second["test"]["subjects"]
+    assert {name: part["questions"] for name, part in parts.items()} == {"even": 6, "odd": 2}
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+    change = 100 * (parts["even"]["trained"]["clc"] - parts["even"]["base"]["clc"])
+    assert rows["even"][0] == "6" and rows["even"][2] == f"{change:+.1f}"
+    table = launch("rankc.py", "--compare", world / "first", world / "second", "--markdown")
+    cells = {line.split("|")[1].strip(): line.split("|")[2].split() for line in
+             table.splitlines() if line.startswith("|")}  # fmt: skip
+    began = first["test"]["base"]["clc"]
+    assert cells["base"] == [f"{100 * began:.1f}"] and table.count("CLC_all") == 1
+    for name, metrics in (("first", first), ("second", second)):
+        assert cells[name][0] == f"{100 * (metrics['test']['trained']['clc'] - began):+.1f}"
+    judge = command(world, world / "judged-parts", *more, "--model", world / "second")
+    for name in ("--lr", "--schedule", "--batch_questions"):
+        del judge[judge.index(name) : judge.index(name) + 2]
+    launch("rankc.py", *judge)
+    judged = json.loads((world / "judged-parts" / "metrics.json").read_text())
+    for split in ("train", "test"):
+        assert judged[split]["questions"] == second[split]["questions"]
+        assert judged[split]["base"]["clc"] == pytest.approx(second[split]["trained"]["clc"])
+
+
+def test_markdown_is_for_a_comparison():
+    assert "--markdown is for --compare" in launch("rankc.py", "--markdown", fails=True)
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_together_train_what_one_process_trains(world, alone, processes):
     """Uneven shares included: 9 rows in a step, 3 in the last; several packs for each process."""
@@ -409,10 +443,16 @@ BAD = [
     (["--score", "median"], "invalid choice"),
     (["--method", "ppo"], "invalid choice"),
     (["--method", "calm", "--langs", "en", "es"], "three languages or more; --langs names en es"),
-    (["--method", "dpo", "--candidates", "3"], "--candidates is for --method dco; dpo has no use"),
-    (["--method", "sft", "--trust", "en=2"], "--trust is for --method dco"),
-    (["--method", "calm", "--gamma", "[[0,1,1],[1,0,1],[1,1,0]]"], "--gamma is for --method dco"),
-    (["--method", "dpo", "--objective", "pairwise"], "--objective is for --method dco"),
+    (["--method", "dpo", "--candidates", "3"], "--candidates: --method dpo has no use of it"),
+    (["--method", "sft", "--trust", "en=2"], "--trust: --method sft has no use of it"),
+    (["--method", "sft", "--beta", "2"], "--beta: --method sft has no use of it"),
+    (["--method", "calm", "--gamma", "[[0,1,1],[1,0,1],[1,1,0]]"], "--gamma: --method calm has"),
+    (["--method", "calm", "--pairs_per_question", "2"], "--pairs_per_question: --method calm has"),
+    (["--method", "dpo", "--objective", "pairwise"], "--objective: --method dpo has no use of it"),
+    (
+        ["--train_subjects", "odd", "--train_questions", "5", "--test_subjects", "odd"],
+        "no question of 'odd' is left",
+    ),
     (["--train_subjects", "biology"], "there is no subject 'biology'; there are even, odd"),
     (["--test_subjects", "odd", "biology"], "there is no subject 'biology'"),
 ]
@@ -479,7 +519,7 @@ def test_each_method_has_the_rate_of_app_g_and_xcsqa_its_seven_pairs(method, wan
 
     assert train.defaults(train.Config(model="some/model", method=method)) == wanted
     seven = train.defaults(train.Config(model="some/model", method=method, data="xcsqa:DIR"))
-    assert seven == {**wanted, "pairs_per_question": 7}
+    assert seven == {**wanted, **({"pairs_per_question": 7} if method in ("dco", "dpo") else {})}
 
 
 def test_data_of_ones_own_needs_a_model(world):
