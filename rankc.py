@@ -267,7 +267,7 @@ def read_run(folder: Path) -> Run:
     for home in (Path(model), folder.parent / Path(model).name):  # there, or moved with this one
         if (home / "metrics.json").is_file() and home.resolve() != folder.resolve():
             first = read_run(home)
-            same = (first.langs, first.ids) == (run.langs, run.ids)
+            same = (first.langs, first.ids, first.base.shape) == (run.langs, run.ids, base.shape)
             if same and torch.allclose(first.trained, run.base, atol=0.5):  # nats
                 return run._replace(model=first.model, base=first.base)
     return run
@@ -283,7 +283,7 @@ def compare(folders: list[str], markdown: bool = False) -> str:
     for folder in map(Path, folders):
         if (folder / "metrics.json").is_file() and (folder / "log.jsonl").is_file():
             run = read_run(folder)
-            key = (run.model, run.about, *run.langs, *run.ids)
+            key = (run.model, run.about, run.base.shape, *run.langs, *run.ids)
             blocks.setdefault(key, []).append((folder.name, run))
         else:
             texts.append(f"left out {folder}: not a finished run of train.py")
