@@ -378,7 +378,8 @@ def changes(questions: list[data.Question], base: Tensor, trained: Tensor, langs
     for q in (before != after).any(0).nonzero()[:4, 0].tolist():
         question = questions[q]
         right = "" if question.gold is None else question.answers[langs[0]][question.gold].strip()
-        lines.append(f"  {question.prompts[langs[0]].strip()} ...   right: {right or 'not known'}")
+        asked = question.prompts[langs[0]].strip().partition("\n")[0]
+        lines.append(f"  {asked} ...   right: {right or 'not known'}")
         for i, lang in enumerate(langs):
             old, new = (question.answers[lang][int(best[i, q])].strip() for best in (before, after))
             lines.append(f"    {lang}  {old}" + ("" if old == new else f"  ->  {new}"))
