@@ -181,7 +181,14 @@ def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict,
             lines.append([name, *("" if x is None else f"{100 * x:.1f}" for x in values),
                           *("" if x is None else f"{x:.2f}" for x in nats)])
         texts += [f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
-                  "accuracy, answers changed (Δ), per cent; entropy H, nats", *columns(lines)]
+                  "accuracy, answers changed (Δ), per cent; entropy H, nats"]
+        if len(langs) > 6:  # too wide: the languages' columns become rows below
+            texts += [*columns([line[:3] + line[-2:] for line in lines]), "by language"]
+            known, moving = lines[1:], lines[3:]  # of the base and of chance nothing changes
+            lines = [["", *(row[0] for row in known), *(f"Δ {row[0]}" for row in moving)]] + [
+                [lang, *(row[i] for row in known), *(row[i + len(langs)] for row in moving)]
+                for i, lang in enumerate(langs, 3)]
+        texts += columns(lines)
         if len(langs) > 2:
             texts += ["CLC of each pair; above the diagonal its change, once there is one",
                       *columns(pairs(rows, langs))]

@@ -259,6 +259,21 @@ def test_a_report_of_many_languages_shows_each_pair_before_and_its_change():
     assert rows[2] == ["sw", f"{before[2, 0]:.1f}", f"{before[2, 1]:.1f}"]
 
 
+def test_a_report_of_more_than_six_languages_has_them_as_rows():
+    g, langs = torch.Generator().manual_seed(1), list("abcdefgh")
+    base, after = (torch.randn(8, 20, 4, generator=g) for _ in range(2))
+    tables = {name: {"test": t} for name, t in
+              {"base": base, "optimum": after.flip(0), "trained": after}.items()}  # fmt: skip
+    metrics = {}
+    text = rankc.report({"test": questions("x" * 20)}, tables, langs, metrics)
+    row = metrics["test"]
+    wanted = [row[name]["accuracy"]["c"] for name in ("base", "optimum", "trained")]
+    wanted += [row[name]["changed"]["c"] for name in ("optimum", "trained")]
+    assert [line for line in text.splitlines() if line.startswith("c ")][0].split()[1:] == [
+        "25.0", *(f"{100 * x:.1f}" for x in wanted)]  # fmt: skip
+    assert max(map(len, text.splitlines())) < 115
+
+
 # ------------------------------------------------------------------------------------ the table
 
 
