@@ -401,6 +401,7 @@ def load_xcsqa(place: str, langs: list[str], say) -> Loaded:
 
 
 def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Ids and rows of a dev.jsonl or test.jsonl."""
     for where, line in json_lines(path):
         try:
             id, question, key = line["id"], line["question"], line.get("answerKey") or ""

@@ -131,10 +131,9 @@ Splits = dict[str, list[data.Question]]  # "train" and "test"
 Tables = dict[str, dict[str, Tensor]]  # "base", "optimum", "trained"; of each split, (L, Q, K)
 
 
-def guessing(questions: list[data.Question]) -> tuple[float, float]:
-    """CLC and accuracy of rankings drawn at random."""
-    rows = [(chance(question.K), 1 / question.K) for question in questions]
-    return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
+def guessing(sizes: list[int]) -> tuple[float, float]:
+    """CLC and accuracy of rankings drawn at random, of questions with so many candidates."""
+    return tuple(sum(map(f, sizes)) / len(sizes) for f in (chance, lambda K: 1 / K))
 
 
 def columns(lines: list[list[str]]) -> list[str]:
@@ -168,7 +167,7 @@ def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict,
     for split, questions in splits.items():
         mine = {name: table[split] for name, table in tables.items()}
         rows = measure_all(questions, mine, langs, metrics.setdefault(split, {}))
-        by_luck, guess = guessing(questions)
+        by_luck, guess = guessing([question.K for question in questions])
         blank, moved = [None] * len(langs), [f"Δ {lang}" for lang in langs]
         shares = {"chance": [by_luck, guess, *[guess] * len(langs), *blank]}
         for name in tables:
@@ -310,10 +309,9 @@ def compare(folders: list[str], markdown: bool = False) -> str:
                     right[home], right[others].mean(0))
 
         english = base.langs[home].upper()
-        sizes = (~torch.isneginf(base.base[0])).sum(-1).tolist()
-        luck = [sum(map(f, sizes)) / len(sizes) for f in (chance, lambda K: 1 / K)]
+        by_luck, guess = guessing((~torch.isneginf(base.base[0])).sum(-1).tolist())
         lines = [["", "CLC_all", f"A_{english}", f"A_not{english}"],
-                 ["chance", *map(percent, [*luck, luck[1]])],
+                 ["chance", *map(percent, [by_luck, guess, guess])],
                  ["base", *(percent(_mean(values)) for values in shares(base.base))]]
         for name, run in runs:
             lines.append([name])
@@ -635,8 +633,8 @@ def main() -> None:
     base = {name: score(model, trees[name], config, f"score {name}", packed) for name in splits}
     spent = {"score": round(time.time() - begun, 2)}
     optimum = {name: forecast(base[name], gamma, config.beta) for name in splits}
-    every = [question for questions in splits.values() for question in questions]
-    metrics = {"languages": config.langs, "chance": guessing(every)[0]}
+    sizes = [question.K for questions in splits.values() for question in questions]
+    metrics = {"languages": config.langs, "chance": guessing(sizes)[0]}
     say(report(splits, {"base": base, "optimum": optimum}, config.langs, metrics,
                bool(config.train_subjects or config.test_subjects)))
     if out and rank == 0:

@@ -433,8 +433,8 @@ def main() -> None:
                                                         replace(config, score="sum"))
     tables = {"base": base, "optimum": {name: rankc.forecast(table, gamma, config.beta)
                                         for name, table in base.items()}}
-    every = [question for questions in splits.values() for question in questions]
-    metrics = {"languages": langs, "chance": rankc.guessing(every)[0]}
+    sizes = [question.K for questions in splits.values() for question in questions]
+    metrics = {"languages": langs, "chance": rankc.guessing(sizes)[0]}
     say(rankc.report(splits, tables, langs, metrics, subjects) + "\n")
     kept = list(range(len(splits["train"])))
     if config.method == "calm":
@@ -446,7 +446,7 @@ def main() -> None:
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         settings = {**asdict(config), "out": str(out), **environment()}
-        if Path(config.model).is_dir() and config.model:  # so that it is found from anywhere
+        if config.model and Path(config.model).is_dir():  # so that it is found from anywhere
             settings["model"] = str(Path(config.model).resolve())
         (out / "run.json").write_text(json.dumps(settings, indent=1))
     with stage("train"), open(out / "log.jsonl" if rank == 0 else os.devnull, "w") as file:
