@@ -58,6 +58,10 @@ def load(spec: str, langs: list[str], say: Callable[[str], None] = print) -> lis
         raise InputError(f"--data {spec}: say where it lies, as in {kind}:PATH")
     if not langs or len(set(langs)) < len(langs):
         raise InputError(f"--langs {' '.join(langs)}: name each language once, and at least one")
+    try:
+        Path(place).exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise InputError(f"--data {spec}: {error.strerror}") from error
     questions, lines = [], {}
     for where, question in LOADERS[kind](place, list(langs), say):
         if question.id in lines:
@@ -78,6 +82,10 @@ def check(question: Question, langs: list[str], where: str) -> None:
 
     counts = {}
     for lang in langs:
+        text = "".join([question.id, question.subject, question.prompts[lang],
+                        *question.answers[lang]])
+        if re.search("[\0\ud800-\udfff]", text):
+            refuse(f"its text in {lang!r} holds NUL or half a surrogate pair: the file is damaged")
         if not question.prompts[lang].strip():
             refuse(f"the prompt in {lang!r} is empty")
         for k, answer in enumerate(question.answers[lang]):
@@ -127,9 +135,18 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
     with reading(path) as file:
         for number, line in enumerate(file, 1):
             try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                yield f"{path}, line {number}", json.loads(line, object_pairs_hook=fields_once)
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+
+
+def fields_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; raises ValueError where a field comes twice, of which json takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {max(names, key=names.count)!r} comes twice")
+    return found
 
 
 def fetch(kind: str, place: str, wanted: list[str]) -> Path:
@@ -196,6 +213,9 @@ def load_bmlama(place: str, langs: list[str], say) -> Loaded:
         if not path.is_file():
             there = ", ".join(sorted(p.stem for p in Path(place).glob("*.tsv"))) or "no .tsv file"
             raise InputError(f"{place} has no language {lang!r} ({lang}.tsv); it has {there}")
+        with reading(path) as file:
+            if "<mask>" in file.readline():
+                raise InputError(f"{path}, line 1: a question stands where the header should")
         fields = ["sentence", "answer", "candidates", "subject"]  # header of zh.tsv: a stray tab
         tables[lang] = list(rows(path, fields, skip=1, delimiter="\t"))
         if len(tables[lang]) != len(tables[langs[0]]):
@@ -219,8 +239,10 @@ def load_bmlama(place: str, langs: list[str], say) -> Loaded:
             continue
         same = set.intersection(*golds.values())
         if not same and len({len(a) for a in answers.values()}) == 1:
-            raise InputError(f"{where}: the answer is another candidate than in {langs[0]}: "
-                             "they are not parallel")
+            other = next((n for n, lang in enumerate(langs)
+                          if not golds[lang] & golds[langs[0]]), -1)
+            raise InputError(f"{aligned[other][0]}: the answer is another candidate than in "
+                             f"{langs[0]}: they are not parallel")
         subject, gold = aligned[0][1][3], min(same, default=None)
         yield aligned[-1][0], Question(str(line), subject, gold, prompts, answers)
     if opening:
@@ -301,7 +323,7 @@ def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
                         if member.isfile() and member.name.endswith("_test.csv"):
                             path = Path(folder, Path(member.name).name)
                             path.write_bytes(tar.extractfile(member).read())
-            except (OSError, tarfile.TarError) as error:
+            except (OSError, EOFError, tarfile.TarError) as error:
                 raise InputError(f"{archive}: {error}") from error
             files |= mmlu_files(Path(folder))
         tables, sizes, taken = {}, {}, {}
@@ -318,7 +340,10 @@ def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
             ((source, parts),) = sources.items()
             if (twin := taken.setdefault(source, lang)) != lang:
                 raise InputError(f"--langs: {twin} and {lang} are both {source}")
-            found = [row for path, subject in parts for row in mmlu_rows(path, subject)]
+            try:
+                found = [row for path, subject in parts for row in mmlu_rows(path, subject)]
+            except InputError as error:
+                raise InputError(str(error).replace(folder, str(archive))) from error
             tables[lang] = unique(found)
             sizes[lang] = Counter(row.subject for _, row in found)
             for subject in sizes[lang].keys() & sizes[langs[0]].keys():
@@ -404,7 +429,8 @@ def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Ids and rows of a dev.jsonl or test.jsonl."""
     for where, line in json_lines(path):
         try:
-            id, question, key = line["id"], line["question"], line.get("answerKey") or ""
+            id, question, key = line["id"], line["question"], line.get("answerKey")
+            key = "" if key is None else key
             labels, options = zip(*((c["label"], c["text"]) for c in question["choices"]))
             row = Row(where, "", question["stem"], list(options), key)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -517,19 +543,26 @@ def encode(tokenizer, questions: list[Question], langs: list[str], context: int 
     """
     bos = tokenizer.bos_token_id
     bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-    texts = []
+    texts, blanks = [], []
     for question in questions:
         for lang in langs:
             prompt = question.prompts[lang].rstrip()
             spaces = question.prompts[lang][len(prompt):]
-            texts += [prompt, *(prompt + spaces + answer for answer in question.answers[lang])]
+            answers = [spaces + answer for answer in question.answers[lang]]
+            blanks.append(sorted({"", *(a[:len(a) - len(a.lstrip())] for a in answers)}))
+            texts += [prompt + more for more in (*blanks[-1], *answers)]
     ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    blank = iter(blanks)
     trees = []
     for question in questions:
         trees.append([])
         for lang in langs:
-            prompt = bos + next(ids)
-            texts = [bos + next(ids) for _ in question.answers[lang]]
+            empty = [bos + next(ids) for _ in next(blank)]  # the prompt, also with spaces after it
+            prompt, texts = empty[0], [bos + next(ids) for _ in question.answers[lang]]
+            for k, text in enumerate(texts):
+                if text in empty:
+                    raise InputError(f"question {question.id!r}, {lang!r}: answer {k} has no token "
+                                     "of its own: the tokenizer drops its characters")
             start = 1 if whole else min(len(prompt), *(len(text) - 1 for text in texts))
             if start < 1:
                 raise InputError(f"question {question.id!r}, {lang!r}: no token stands before the "

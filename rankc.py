@@ -8,9 +8,12 @@ import gc
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +21,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 import data
 import dco
@@ -403,6 +408,7 @@ class EvalConfig:
                         "the mean over prompt and answer; training always uses the sum",
                         choices=["sum", "mean", "string"])
     trust_remote_code: bool = option(False, "run code that comes with the model")
+    timeout: float = option(60.0, "minutes without a word from another process before giving up")
 
 
 def parse(config_class, prog: str, defaults: Callable[..., dict] = lambda config: {}):
@@ -417,6 +423,8 @@ def parse(config_class, prog: str, defaults: Callable[..., dict] = lambda config
     (config,) = parser.parse_args_into_dataclasses()
     if config.max_tokens < 1:
         raise data.InputError(f"--max_tokens {config.max_tokens}: must be at least 1")
+    if not 0 < config.timeout < math.inf:
+        raise data.InputError(f"--timeout {config.timeout}: must be positive")
     return config
 
 
@@ -477,17 +485,18 @@ def new_folder(path: str) -> Path:
     """The path, which must not hold anything yet."""
     out = Path(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise data.InputError(f"--out {out} is there and not empty; name another, or remove it")
+        raise data.InputError(f"--out {out} is there and not empty; name another, or remove it "
+                              "(a run of train.py that was killed: --resume goes on with it)")
     return out
 
 
 # -------------------------------------------------------------------------------- scoring a model
 
 
-def start(device: str) -> tuple[torch.device, int, int]:
+def start(device: str, timeout: float = 60.0) -> tuple[torch.device, int, int]:
     """Join the process group that torchrun's environment tells of, or make one of a single process.
 
-    Returns device, rank and number of processes.
+    Returns device, rank and number of processes. timeout: minutes.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -501,9 +510,55 @@ def start(device: str) -> tuple[torch.device, int, int]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     disable_progress_bar()  # transformers' own: one bar at a time
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=60),
+    dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                            timeout=timedelta(minutes=timeout),
                             **({} if "WORLD_SIZE" in os.environ else alone))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave its workers behind
+        threading.Thread(target=leave_with, args=[os.getppid()], daemon=True).start()
     return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def leave_with(parent: int) -> None:
+    """Ask this process to stop once its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Halt(Exception):
+    """The end of a run that is not whole, on every process: why, and the exit status."""
+
+    def __init__(self, why: str, status: int = 1):
+        super().__init__(why, status)  # both, so that it can be sent to another process
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+def on_first(work: Callable, *arguments):
+    """What `work` returns on rank 0, on every process; an error of its input or disk likewise."""
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work(*arguments)
+        except (data.InputError, Halt, OSError) as error:
+            outcome[1] = error
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextmanager
+def on_signals(handler: Callable):
+    """SIGTERM and Ctrl-C, as well as Ctrl-C can be told from it, call handler(number, frame)."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def load_model(config: EvalConfig, device: torch.device):
@@ -518,12 +573,18 @@ def load_model(config: EvalConfig, device: torch.device):
                 if "drop" in name and isinstance(value, float):
                     setattr(part, name, 0.0)  # else policy and reference differ at step 0
         tokenizer = AutoTokenizer.from_pretrained(config.model, **remote)
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model, config=settings, dtype=getattr(torch, config.dtype), **remote)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            config.model, config=settings, dtype=getattr(torch, config.dtype),
+            use_safetensors=True, output_loading_info=True, **remote)
+        if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError,
+            SafetensorError) as error:  # what transformers lets through of a damaged folder
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise data.InputError(f"--model {config.model}: no causal language model can be loaded "
-                              "from it; give a folder that save_pretrained wrote, or a hub name "
-                              f"where there is network. {error}") from error
+                              "from it; give a folder with safetensors that save_pretrained wrote, "
+                              f"or a hub name where there is network. {error!r}") from error
     return model.to(device), tokenizer
 
 
@@ -535,10 +596,17 @@ def plant(model, tokenizer, splits: Splits, config: EvalConfig, say: Callable, w
     every = [tree for rows in trees.values() for row in rows for tree in row]
     longest = max(every, key=data.Tree.tokens)
     packed = dco.packs_exactly(model, [longest, every[0]])
+    rest(model)
     if not packed:
         say("warning: this model does not score packed questions as it scores separate ones; "
             "scoring each answer apart, which is slower")
     return trees, packed
+
+
+def rest(model) -> None:
+    """Let go of the weights that FSDP gathers for a forward pass and keeps for a backward one."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def autocast(config: EvalConfig, device: torch.device):
@@ -547,24 +615,28 @@ def autocast(config: EvalConfig, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def progress(steps: Iterable, desc: str, total: int, note: dict | None = None) -> Iterator:
-    """Iterate under a tqdm bar on rank 0, or plain lines where it has no terminal; shows `note`."""
+def progress(steps: Iterable, desc: str, total: int, note: dict | None = None, first: int = 0
+             ) -> Iterator:
+    """Iterate under a tqdm bar on rank 0, or plain lines where it has no terminal; shows `note`.
+
+    The `first` of the `total` steps were done before.
+    """
     if dist.get_rank():
         yield from steps
         return
     bar = None
     if sys.stderr.isatty():
         from tqdm import tqdm
-        bar = tqdm(desc=desc, total=total, leave=False, dynamic_ncols=True)
+        bar = tqdm(desc=desc, total=total, initial=first, leave=False, dynamic_ncols=True)
     begun = told = time.monotonic()
-    for done, step in enumerate(steps, 1):
+    for done, step in enumerate(steps, first + 1):
         yield step
         now = time.monotonic()
         if bar is not None:
             bar.set_postfix(note or {}, refresh=False)
             bar.update()
         elif done == total or now - told > max(5, (now - begun) / 10):
-            told, rate = now, done / (now - begun)
+            told, rate = now, (done - first) / (now - begun)
             notes = "".join(f", {name} {float(value):.4g}" for name, value in (note or {}).items())
             left = (total - done) / rate
             print(f"{desc}: {done}/{total}, {rate:.2f}/s, {left:.0f} s left{notes}", flush=True)
@@ -573,30 +645,41 @@ def progress(steps: Iterable, desc: str, total: int, note: dict | None = None) -
 
 
 @torch.no_grad()
-def score(model, trees: list[list[data.Tree]], config: EvalConfig, desc: str, packed: bool
-          ) -> Tensor:
+def score(model, trees: list[list[data.Tree]], config: EvalConfig, desc: str, packed: bool,
+          ids: Sequence[str] = ()) -> Tensor:
     """log pi(y|x), or what --score makes of it: trees [question][language] -> (L, Q, K) on the CPU.
 
-    Each tree is scored once, by one process; every process returns the whole table.
+    Each tree is scored once, by one process; every process returns the whole table. Raises Halt,
+    naming questions by their ids, where a log-prob is NaN or infinite.
     """
     model.eval()
     flat = [tree for row in trees for tree in row]
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
-    groups = data.batches(flat, config.max_tokens, packed)[rank::world]
+    groups, mine = data.batches(flat, config.max_tokens, packed), []
     K = max(len(tree.branches) for tree in flat)
     out = torch.full((len(flat), K), torch.nan)
-    for group in progress(groups, desc, len(groups)):
+    rounds = range(rank, -(-len(groups) // world) * world, world)  # FSDP: as many for every process
+    for n in progress(rounds, desc, len(rounds)):
+        group = groups[min(n, len(groups) - 1)]
         with autocast(config, device):
             logps = dco.completion_logps(model, [flat[i] for i in group], packed).cpu()
-        out[group] = torch.nn.functional.pad(logps, (0, K - logps.shape[1]), value=-torch.inf)
+        if n < len(groups):
+            out[group] = torch.nn.functional.pad(logps, (0, K - logps.shape[1]), value=-torch.inf)
+            mine += group
+    rest(model)
     parts = [None] * world
-    mine = [i for group in groups for i in group]
     dist.all_gather_object(parts, (mine, out[mine]))
     for theirs, values in parts:
         out[theirs] = values
-    if out.isnan().any():
-        q = int(out.isnan().any(-1).nonzero()[0]) // len(trees[0])
-        raise RuntimeError(f"{desc}: the score of question {q} of this split is NaN, or is missing")
+    sizes = torch.tensor([len(tree.branches) for tree in flat])
+    bad = ~out.isfinite() & (torch.arange(K) < sizes[:, None])  # (trees, K)
+    if bad.any():
+        ids = ids or range(len(trees))
+        where = [*dict.fromkeys(repr(ids[i // len(trees[0])])
+                                for i in bad.any(-1).nonzero()[:, 0].tolist())]
+        raise Halt(f"error: {desc}: log-probs are NaN or infinite in {len(where)} of {len(trees)} "
+                   f"questions: {', '.join(where[:5])}; the model is broken, or overflows in "
+                   f"{config.dtype}")
     if config.score != "sum":
         scored = [[len(b) - tree.lead for b in tree.branches] for tree in flat]
         out /= torch.tensor([row + [1] * (K - len(row)) for row in scored])
@@ -622,15 +705,17 @@ def main() -> None:
         return
     if not config.model:
         raise data.InputError("which model? give --model FOLDER")
-    device, rank, _ = start(config.device)
-    say = print if rank == 0 else lambda *text: None
+    device, rank, _ = start(config.device, config.timeout)
+    say = (lambda *text: print(*text, flush=True)) if rank == 0 else lambda *text: None
     gamma = gamma_matrix(config, say)
     out = new_folder(config.out) if config.out else None
     splits = read(config, say)
     model, tokenizer = load_model(config, device)
     trees, packed = plant(model, tokenizer, splits, config, say, whole=config.score == "string")
     begun = time.time()
-    base = {name: score(model, trees[name], config, f"score {name}", packed) for name in splits}
+    base = {name: score(model, trees[name], config, f"score {name}", packed,
+                        [question.id for question in questions])
+            for name, questions in splits.items()}
     spent = {"score": round(time.time() - begun, 2)}
     optimum = {name: forecast(base[name], gamma, config.beta) for name in splits}
     sizes = [question.K for questions in splits.values() for question in questions]
@@ -646,20 +731,53 @@ def main() -> None:
         say(f"\nwrote {out}")
 
 
-def run(main: Callable) -> None:
-    """Run a command line: bad input ends it with its message, told once, and status 2."""
+def run(main: Callable, hint: str = "") -> None:
+    """Run a command line, so that whatever ends it early has a message and an exit status.
+
+    2: bad input; 128 + the signal's number: stopped; 1: all else. What all processes know, one
+    tells; the rest is told by each with its rank. `hint` says how to go on.
+    """
+    rank, status = os.environ.get("RANK", "0"), 1
+    me = f"process {rank}: " if "RANK" in os.environ else ""
+
+    def tell(message, everyone=True):
+        if everyone or rank == "0":
+            print(me * everyone + message, file=sys.stderr, flush=True)
+
+    def stop(number, _):
+        nonlocal status
+        status = 128 + number
+        tell(f"stopped by {signal.Signals(number).name}{hint}")
+        sys.exit(status)
+
     try:
-        main()
-        if dist.is_initialized():
-            dist.barrier()  # leave together: a process that left early has aborted, now and then
+        with on_signals(stop):
+            main()
+            if dist.is_initialized():
+                dist.barrier()  # leave together: one that left early has aborted, now and then
+        status = 0
     except data.InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+        tell(f"error: {error}", everyone=False)
+    except Halt as error:
+        status = error.args[1]
+        tell(f"{error}{hint}", everyone=False)
+    except torch.OutOfMemoryError as error:
+        tell(f"error: out of GPU memory. Lower --max_tokens, or take --gradient_checkpointing, "
+             f"--shard over more GPUs, or --dtype bfloat16{hint}. {error}")
+    except OSError as error:
+        tell(f"error: {error}{hint}")
+    except RuntimeError as error:  # gloo has no class of its own; NCCL's is DistError
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        tell(f"error: lost the other processes, of which one ended, or the network failed{hint}. "
+             f"{str(error).splitlines()[0]}")
     finally:
         gc.collect()  # what still holds the group, as DDP may, goes before it
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if dist.is_initialized() and (status != 1 or dist.get_backend() == "gloo"):
+            dist.destroy_process_group()  # NCCL would wait for what failed
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,39 @@
 
 Covers Eqs. 11 and 15 as they are trained (section 4.4, Apps. G and H) and what the paper compares
 them with (section 6.1): one reference pass, after which r_ALIGN is a table of numbers and DCO a
-regression on it; then the step, one screen long; then the report. Leaves out the equations (dco.py)
-and the measures (rankc.py).
+regression on it; then the step, one screen long; then the report. Whatever kills it, it goes on
+from what it has kept. Leaves out the equations (dco.py) and the measures (rankc.py).
 """
+import fcntl
+import hashlib
 import json
+import math
 import os
 import random
+import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from itertools import count
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
 import rankc
@@ -35,7 +47,7 @@ from dco import (
     majority_vote,
     sft_loss,
 )
-from rankc import EvalConfig, option, progress
+from rankc import EvalConfig, Halt, on_first, option, progress
 
 RATES = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
 
@@ -70,6 +82,12 @@ class Config(EvalConfig):
     seed: int = option(0, "seed of draws, of their order and of the embedded model")
     grad_clip: float = option(1.0, "largest gradient norm; 0 for none")
     gradient_checkpointing: bool = option(False, "compute activations twice and keep few of them")
+    shard: bool = option(False, "share weights, gradients and moments out over the processes, for "
+                         "models that one GPU cannot hold")
+    save_every: int = option(250, "steps between checkpoints, of which the last two are kept until "
+                             "the run is whole; 0 for none")
+    resume: bool = option(False, "go on with the run in --out, or with the unfinished one of these "
+                          "settings in runs/; safe to leave on. Implied where torchrun restarts")
     log_every: int = option(1, "steps between lines of log.jsonl")
 
 
@@ -82,6 +100,8 @@ def defaults(config: Config) -> dict:
     A tiny model takes more steps, and thirty times the paper's rate, whatever the method.
     """
     found = {"lr": RATES[config.method]}
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        found["resume"] = True
     if config.method in ("dpo", "calm"):
         found["beta"] = 0.1
     if config.data.startswith("xcsqa:") and config.method in ("dco", "dpo"):
@@ -105,6 +125,7 @@ class Item(NamedTuple):
     ref: Tensor  # (L, K) nats
     r_align: Tensor  # (L, K) nats: what DCO's r-hat is to become, up to a constant (Eq. 12)
     used: list[int]  # the languages it trains
+    id: str  # of the question
 
 
 def choose(question: data.Question, ref_logps: Tensor, number: int, config: Config
@@ -161,7 +182,7 @@ def draw(questions: list[data.Question], trees: list[list[data.Tree]], ref_logps
                 experts[rows[:, None], rows] = gamma[rows[:, None], rows]
                 pruned = [tree._replace(branches=[tree.branches[k] for k in row])
                           for tree, row in zip(trees[q], chosen.tolist(), strict=True)]
-                items.append(Item(pruned, ref, align_reward(ref, experts), used))
+                items.append(Item(pruned, ref, align_reward(ref, experts), used, questions[q].id))
             yield items
 
 
@@ -175,47 +196,98 @@ def term(logps: Tensor, ref_logps: Tensor, r_align: Tensor, config: Config) -> T
 
 
 def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, packed: bool,
-             log: Callable[[dict], None]) -> int:
-    """Minimise the terms, summed over languages, averaged over a step's items; the tokens fed."""
+             log: Callable[[dict], None], kept: "Kept | None" = None, signals: Sequence[int] = ()
+             ) -> int:
+    """Minimise the terms, summed over languages, averaged over a step's items; the tokens fed.
+
+    Begins at the newest checkpoint of `kept`. Raises Halt, with the step saved, once `signals`
+    holds one; and, before it is applied, for a step whose loss or gradient is NaN or infinite.
+    """
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     model.train()  # for checkpointing; load_model has put dropout at zero
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(kind, optimizer, round(config.warmup * total), total)
-    tokens, note = 0, {}
-    for step, items in enumerate(progress(steps, "train", total, note), 1):
+    state = kept.load(model, optimizer, scheduler) if kept else {}
+    done, tokens, note = state.get("step", 0), state.get("tokens", 0), {}
+    policy, apart = model, nullcontext
+    last = deque(islice(steps, done), maxlen=1)  # the step that was done last
+    if world > 1 and not config.shard:
+        policy = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        apart = policy.no_sync
+        for item in [items[0] for items in last]:  # DDP regroups gradients after its first backward
+            seen = completion_logps(policy, [item.trees[item.used[0]]], packed)  # pass, and so adds
+            (0.0 * seen.sum()).backward()  # up those of three processes or more in another order
+            optimizer.zero_grad()
+    for step, items in enumerate(progress(steps, "train", total, note, done), done + 1):
         ref = torch.stack([item.ref for item in items]).to(device)  # (B, L, K)
         r_align = torch.stack([item.r_align for item in items]).to(device)  # (B, L, K)
         logps = torch.full_like(ref, -torch.inf)  # what this process scores, for the log
-        rows = [(b, i) for b, item in enumerate(items) for i in item.used]  # a term each
-        mine = rows[rank::world] or rows[:1]  # DDP waits for every process: one without a row
-        weight = world / len(items) if rows[rank::world] else 0.0  # feeds one that counts nothing
-        groups = data.batches([items[b].trees[i] for b, i in mine], config.max_tokens, packed)
-        for group in groups:
-            b, i = map(list, zip(*(mine[g] for g in group), strict=True))
-            trees = [items[question].trees[lang] for question, lang in zip(b, i, strict=True)]
-            with nullcontext() if world == 1 or group is groups[-1] else policy.no_sync():
+        shares = [micro_batches(items, config, packed, r, world) for r in range(world)]
+        mine, rounds, scored = shares[rank], max(map(len, shares)), []
+        for n in range(rounds):  # as many on every process, for they wait for each other: one that
+            rows = mine[n] if n < len(mine) else [(0, items[0].used[0])]  # has no more feeds a row
+            weight = world / len(items) if n < len(mine) else 0.0  # that counts nothing
+            b, i = map(list, zip(*rows, strict=True))
+            trees = [items[question].trees[lang] for question, lang in rows]
+            with apart() if n < rounds - 1 else nullcontext():
                 with rankc.autocast(config, device):
                     got = completion_logps(policy, trees, packed)  # (T, K)
                 K = got.shape[-1]
                 losses = term(got, ref[b, i, :K], r_align[b, i, :K], config)  # (T,)
-                (weight * losses.sum()).backward()  # DDP's mean over processes undoes `world`
+                (weight * losses.sum()).backward()  # the mean over processes undoes `world`
             if weight:
                 logps[b, i, :K] = got.detach()
-            tokens += sum(tree.tokens(packed) for tree in trees)
+                scored.append((b, losses.detach()))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or torch.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        sound = all(bool(part.isfinite().all()) for part in (norm, *(loss for _, loss in scored)))
+        flags = torch.tensor([max(signals, default=0), not sound], device=device)
+        if world > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # all stop at the same step
+        number, unsound = flags.tolist()
+        if unsound:
+            raise Halt(diverged(step, items, scored))
         rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        tokens += sum(item.trees[i].tokens(packed) for item in items for i in item.used)
         if step % config.log_every == 0 or step == total:
             seen = watch(logps, ref, r_align, config)
             note["loss"] = seen["loss"]
             log({"step": step, **seen, "grad_norm": float(norm), "lr": rate})
+        every = config.save_every and (step % config.save_every == 0 or step == total)
+        if kept and (number or every):
+            kept.save(model, optimizer, scheduler, {"step": step, "tokens": tokens})
+        if number:
+            raise Halt(f"stopped by {signal.Signals(number).name}: step {step} of {total} is saved",
+                       128 + number)
     return tokens
+
+
+def micro_batches(items: list[Item], config: Config, packed: bool, rank: int, world: int
+                  ) -> list[list[tuple[int, int]]]:
+    """What a process feeds of a step, at once: rows (item, language), of which each is a term."""
+    rows = [(b, i) for b, item in enumerate(items) for i in item.used][rank::world]
+    groups = data.batches([items[b].trees[i] for b, i in rows], config.max_tokens, packed)
+    return [[rows[g] for g in group] for group in groups]
+
+
+def diverged(step: int, items: list[Item], scored: list[tuple[list[int], Tensor]]) -> str:
+    """What to tell of a step that cannot be taken; scored: items' indices and losses."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [items[q].id for b, losses in scored
+                                   for q, loss in zip(b, losses.tolist(), strict=True)
+                                   if not math.isfinite(loss)])
+    ids = dict.fromkeys(map(repr, sum(parts, [])))
+    where = f"the loss of question {', '.join(ids)}"
+    if not ids:
+        where = "the gradient of questions " + ", ".join(repr(item.id) for item in items)
+    return (f"error: step {step}: {where} is NaN or infinite; the step was not taken, and the "
+            "checkpoints before it stay. Try a lower --lr, or --dtype float32")
 
 
 def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
@@ -244,11 +316,248 @@ def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
             "consistent": float((first[:, a] == first[:, b])[both].float().mean())}
 
 
+# -------------------------------------------------------------------------------- what is kept
+
+# What may change where a run is resumed: it moves nothing but rounding.
+FREE = {"out", "resume", "save_every", "log_every", "max_tokens", "gradient_checkpointing", "shard",
+        "device", "timeout"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run has done so far, in its checkpoint/ until the run is whole.
+
+    NAME.safetensors holds a table of scores, or the embedded model once it is made; step-N holds
+    model.safetensors, optimizer.safetensors and state.json. Each appears whole or not at all and
+    bears the `content` it was computed from. Rank 0 alone reads and writes; tensors are whole
+    there, whatever the processes share, so that any number of them can go on.
+    """
+
+    folder: Path
+    content: str  # of `fingerprint`
+    lock: list = field(default_factory=list)  # rank 0's open file; the lock ends with its process
+
+    def keep(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `compute` returns, on every process, unless it was kept before."""
+        path = self.folder / f"{name}.safetensors"
+        found = on_first(lambda: self.read(path) if path.exists() else None)
+        if found is None:
+            found = compute()
+            on_first(lambda: path.parent.exists() and self.write(path, found))
+        return found
+
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints, in order."""
+        marks = self.folder.glob("step-*/state.json")
+        return sorted(int(number) for mark in marks if (number := mark.parent.name[5:]).isdigit())
+
+    def state(self) -> dict:
+        """What the newest checkpoint says of itself; {} where there is none."""
+        if not (steps := self.steps()):
+            return {}
+        path = self.folder / f"step-{steps[-1]}" / "state.json"
+        try:
+            state = json.loads(path.read_text())
+            if state["content"] != self.content:
+                raise data.InputError(f"{path}: a checkpoint of another model, tokenizer or data")
+            if state["step"] != steps[-1] or not isinstance(state["tokens"], int):
+                raise ValueError(f"not of step {steps[-1]}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise data.InputError(f"{path} is damaged ({error!r}); remove {path.parent}, and "
+                                  "--resume goes on from what was kept before it") from error
+        return state
+
+    def read(self, path: Path, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors of a file, which must be named and shaped `like` these."""
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("content") != self.content:
+                    raise data.InputError(f"{path}: kept from another model, tokenizer or data")
+                found = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise data.InputError(f"{path} is damaged ({error}); remove it, or the step-N it is in,"
+                                  " and --resume does without") from error
+        if like is not None and ({name: tensor.shape for name, tensor in found.items()} !=
+                                 {name: tensor.shape for name, tensor in like.items()}):
+            raise data.InputError(f"{path}: other tensors than this model has; remove the step-N "
+                                  "it is in, and --resume does without")
+        return found
+
+    def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Raises OSError, and leaves nothing, where the disk is full."""
+        beside = path.with_name(path.name + ".part")
+        try:
+            save_file(tensors, beside, {"content": self.content})
+            put(beside, path)
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise OSError(f"{path}: {error}") from error
+
+    def load(self, model, optimizer, scheduler) -> dict:
+        """Put the newest checkpoint in place; what it says of itself, {} where there is none."""
+        if not (state := on_first(self.state)):
+            return {}
+        weights, moments = dict(model.named_parameters()), {}
+        for file in ("model", "optimizer"):
+            wanted, found = weights, {}
+            if file == "optimizer":
+                wanted = {f"{name}/{kind}": weight for name, weight in weights.items()
+                          for kind in ("exp_avg", "exp_avg_sq")}
+            path = self.folder / f"step-{state['step']}" / f"{file}.safetensors"
+            on_first(lambda: found.update(self.read(path, wanted)))
+            for name, like in wanted.items():
+                full = found.pop(name).to(like.device) if found else torch.empty(
+                    like.shape, dtype=like.dtype, device=like.device)
+                if isinstance(like, DTensor):
+                    full = distribute_tensor(full, like.device_mesh, like.placements)
+                elif dist.get_world_size() > 1:
+                    dist.broadcast(full, 0)
+                if file == "model":
+                    like.data.copy_(full)
+                else:
+                    moments[name] = full
+        step = torch.tensor(float(state["step"]))
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {
+            i: {"step": step.clone(), "exp_avg": moments[f"{name}/exp_avg"],
+                "exp_avg_sq": moments[f"{name}/exp_avg_sq"]} for i, name in enumerate(weights)}})
+        scheduler.load_state_dict(state["scheduler"])
+        optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
+        return state
+
+    def save(self, model, optimizer, scheduler, state: dict) -> None:
+        """Write a checkpoint beside the others, then keep the last two."""
+        path = self.folder / f"step-{state['step']}"
+        beside = path.with_name(path.name + ".part")
+        state = {**state, "scheduler": scheduler.state_dict(), "content": self.content}
+        weights = dict(model.named_parameters())
+        files = {"model": weights, "optimizer": {
+            f"{name}/{kind}": optimizer.state[weight][kind] for name, weight in weights.items()
+            for kind in ("exp_avg", "exp_avg_sq")}}
+
+        def finish():
+            (beside / "state.json").write_text(json.dumps(state))  # last
+            put(beside, path)
+            for step in self.steps()[:-2]:
+                remove(self.folder / f"step-{step}")
+
+        try:
+            on_first(lambda: (remove(beside), beside.mkdir()))
+            for file, tensors in files.items():
+                full = gather(tensors)
+                on_first(self.write, beside / f"{file}.safetensors", full)
+            on_first(finish)
+        except OSError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            older = on_first(self.steps)
+            raise Halt(f"error: step {state['step']} could not be saved: {error}. " + (
+                f"The checkpoint of step {older[-1]} is whole" if older else
+                "There is no checkpoint before it")) from error
+
+
+def put(beside: Path, path: Path) -> None:
+    """Move a file or folder into its place once all of it is on the disk."""
+    files = beside.iterdir() if beside.is_dir() else []
+    for part in (*files, beside):
+        sync(part)
+    beside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def put_json(path: Path, value) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(value, indent=1))
+    put(beside, path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder such that no part of it stands under its name."""
+    if folder.exists():
+        gone = folder if folder.suffix == ".part" else folder.rename(f"{folder}.part")
+        shutil.rmtree(gone)
+
+
+def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on rank 0's CPU, one after the other; {} on the other processes."""
+    full = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            full[name] = tensor.cpu().contiguous()
+    return full
+
+
+def shard(model, device: torch.device) -> None:
+    """FSDP2: of each weight, gradient and moment a process holds its share.
+
+    A layer's weights are gathered where it computes. Raises InputError where no layers are found.
+    """
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers:
+        raise data.InputError(f"--shard: {type(model).__name__} has no decoder layers that "
+                              "transformers knows as such")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in (*layers, model):
+        fully_shard(part, mesh=mesh)
+
+
+def fingerprint(model, splits: rankc.Splits, trees: dict[str, list[list[data.Tree]]]) -> str:
+    """A hash of what is computed with: the weights' bits, summed, the questions, their tokens."""
+    found, sums, whole = hashlib.sha256(), [], True
+    for name, weight in model.named_parameters():
+        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        whole = not isinstance(weight, DTensor)
+        part = weight.detach() if whole else weight.detach().to_local()
+        bits = part.contiguous().view({2: torch.int16, 4: torch.int32}[part.element_size()])
+        sums.append(bits.sum(dtype=torch.long))
+    total = torch.stack(sums)
+    if not whole:
+        dist.all_reduce(total)
+    found.update(repr(total.tolist()).encode())
+    for name, questions in splits.items():
+        for question, row in zip(questions, trees[name], strict=True):
+            found.update(repr((name, question, row)).encode())
+    return found.hexdigest()
+
+
+def begin(out: Path, config: Config, content: str, old: dict) -> Kept:
+    """Make the folder of a run, or go on in it; `old` is what its run.json said."""
+    kept = Kept(out / "checkpoint", content)
+
+    def take():
+        if old and old.get("content") != content:
+            raise data.InputError(f"--resume: {out} was begun with another model, tokenizer or "
+                                  "data under the same names; name another --out")
+        kept.folder.mkdir(parents=True, exist_ok=True)
+        kept.lock.append(open(kept.folder / "lock", "w"))
+        try:
+            fcntl.flock(kept.lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise data.InputError(f"{out}: another process is at work in it") from None
+        except OSError:
+            pass  # a disk without locks
+        resumed = {"resumed": [*old.get("resumed", []), *kept.steps()[-1:]]} if old else {}
+        put_json(out / "run.json", {**settings(config), "out": str(out), **environment(),
+                                    "content": content, **resumed})
+
+    on_first(take)
+    return kept
+
+
 # ------------------------------------------------------------------------------- the embedded model
 
 
 def embedded_model(config: Config):
-    """A tiny Llama over whole words, told the facts unevenly as real models are, by plain SFT.
+    """A tiny Llama over whole words that knows nothing yet, its tokenizer, and what to tell it.
 
     English has every fact, the other languages a share (COVERAGE), drawn by the seed; all have the
     countries' names in the other languages, the bridge over which a fact can come.
@@ -275,24 +584,26 @@ def embedded_model(config: Config):
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0,
         bos_token_id=None, eos_token_id=None))
-    if dist.get_rank() == 0:
-        ids = [torch.tensor(row) for row in tokenizer(facts)["input_ids"]]
-        optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.5, betas=(0.9, 0.98))
-        scheduler = get_scheduler("cosine", optimizer, 40, 800)
-        rng, note = random.Random(config.seed), {}
-        for _ in progress(range(800), "make the embedded model", 800, note):
-            batch = torch.nn.utils.rnn.pad_sequence(rng.sample(ids, 96), batch_first=True)
-            seen = batch > 0
-            loss = model(input_ids=batch, attention_mask=seen.long(),
-                         labels=batch.masked_fill(~seen, -100)).loss
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            note["loss"] = loss.detach()
-    for weight in model.parameters():
-        dist.broadcast(weight.data, 0)
-    return model, tokenizer
+    return model, tokenizer, facts
+
+
+def tell(model, tokenizer, facts: list[str], seed: int) -> dict[str, Tensor]:
+    """Tell the embedded model its facts, unevenly as real ones are told, by plain SFT."""
+    ids = [torch.tensor(row) for row in tokenizer(facts)["input_ids"]]
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.5, betas=(0.9, 0.98))
+    scheduler = get_scheduler("cosine", optimizer, 40, 800)
+    rng, note = random.Random(seed), {}
+    for _ in progress(range(800), "make the embedded model", 800, note):
+        batch = torch.nn.utils.rnn.pad_sequence(rng.sample(ids, 96), batch_first=True)
+        seen = batch > 0
+        loss = model(input_ids=batch, attention_mask=seen.long(),
+                     labels=batch.masked_fill(~seen, -100)).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        note["loss"] = loss.detach()
+    return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 # -------------------------------------------------------------------------------- the report
@@ -322,13 +633,49 @@ def check_settings(config: Config) -> None:
         raise data.InputError("--lr must be positive, --grad_clip not negative, --warmup in [0, 1]")
 
 
-def choose_folder(config: Config) -> Path:
-    """--out, refused unless new or empty; without it the first free one of runs/1, runs/2, ..."""
+def settings(config: Config) -> dict:
+    """As run.json holds them: a model's folder such that it is found from anywhere."""
+    here = config.model and Path(config.model).is_dir()
+    return {**asdict(config), "model": str(Path(config.model).resolve()) if here else config.model}
+
+
+def choose_folder(config: Config) -> tuple[Path, dict]:
+    """--out, or the first free one of runs/1, runs/2, ...; and the run.json of a run to resume.
+
+    Raises InputError for a folder that holds something else, or a run of other settings.
+    """
+    new = settings(config)
+
+    def begun(out: Path) -> tuple[dict, list[str]]:  # run.json, and which settings differ
+        try:
+            old = json.loads((out / "run.json").read_text())
+            changed = {name: old[name] for name in new if name not in FREE}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise data.InputError(f"--resume: {out} is there, but is no run of this train.py "
+                                  f"({error!r})") from error
+        return old, [f"{name} {was!r}, now {new[name]!r}" for name, was in changed.items()
+                     if was != new[name]]
+
     if config.out:
-        return rankc.new_folder(config.out)
-    found = [next(path for n in count(1) if not (path := Path("runs", str(n))).exists())]
-    dist.broadcast_object_list(found)
-    return found[0]
+        out = Path(config.out)
+        if not config.resume:
+            return rankc.new_folder(config.out), {}
+        early = ("checkpoint", "run.json.part")  # all there is if it was killed before its run.json
+        if not out.exists() or out.is_dir() and all(p.name in early for p in out.iterdir()):
+            return out, {}
+        old, differ = begun(out)
+        if differ:
+            raise data.InputError(f"--resume: {out} was begun with other settings: "
+                                  f"{'; '.join(differ)}. Give those, or another --out")
+        return out, old
+    for out in (Path("runs", str(n)) for n in count(1)):
+        if not out.exists():
+            return out, {}
+        unfinished = (out / "run.json").is_file() and not (out / "metrics.json").exists()
+        if config.resume and unfinished:
+            old, differ = begun(out)
+            if not differ:
+                return out, old
 
 
 def environment() -> dict:
@@ -371,6 +718,36 @@ def describe(model, tokenizer, splits, trees, config: Config) -> str:
           for lang, tree in zip(config.langs[:2], trees["train"][0], strict=False))])
 
 
+def open_log(path: Path, done: int):
+    """log.jsonl on rank 0, with the lines of the steps that are done."""
+    if dist.get_rank():
+        return open(os.devnull, "w")
+    lines = path.read_text().splitlines() if done else []
+    file = open(path, "w")
+    for line in lines:
+        if line.endswith("}") and json.loads(line)["step"] <= done:
+            print(line, file=file, flush=True)
+    return file
+
+
+def save_model(model, tokenizer, out: Path) -> None:
+    """The model as a Hugging Face folder. Raises OSError where the disk is full."""
+    full = None
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        names = dict(model.named_parameters(remove_duplicate=False))
+        full = gather({**dict(model.named_parameters()), **{  # a tied one once, and the buffers
+            name: tensor for name, tensor in model.state_dict().items() if name not in names}})
+
+    def write():
+        try:
+            model.save_pretrained(out, state_dict=full)
+            tokenizer.save_pretrained(out)
+        except SafetensorError as error:
+            raise OSError(f"{out}: the model could not be saved: {error}") from error
+
+    on_first(write)
+
+
 def changes(questions: list[data.Question], base: Tensor, trained: Tensor, langs: list[str]) -> str:
     """The first few questions some of whose answers changed: before and after in every language."""
     lines = []
@@ -394,7 +771,7 @@ def main() -> None:
     check_settings(config)
     if not config.model:
         torch.set_num_threads(1)  # as fast as two for a model this small, faster on a busy machine
-    device, rank, _ = rankc.start(config.device if config.model else "cpu")
+    device, rank, _ = rankc.start(config.device if config.model else "cpu", config.timeout)
     say = (lambda *text: print(*text, flush=True)) if rank == 0 else lambda *text: None
     seconds, langs = {}, config.langs
     subjects = bool(config.train_subjects or config.test_subjects)
@@ -405,7 +782,9 @@ def main() -> None:
         yield
         seconds[name] = round(time.time() - begun, 2)
 
-    gamma, out = rankc.gamma_matrix(config, say), choose_folder(config)
+    gamma, (out, old) = rankc.gamma_matrix(config, say), on_first(choose_folder, config)
+    if old and on_first((out / "metrics.json").exists):
+        return say(f"resume: {out} is whole, nothing is left to do")
     splits = rankc.read(config, say)
     if "train" not in splits:
         raise data.InputError("--train_questions 0: there is nothing to train on")
@@ -415,51 +794,64 @@ def main() -> None:
                               f"{len(unlabelled)} training questions lack, {unlabelled[0]!r} first;"
                               " dco and calm do without")
     with stage("load"):
-        model, tokenizer = (rankc.load_model(config, device) if config.model
-                            else embedded_model(config))
+        if config.model:
+            model, tokenizer = rankc.load_model(config, "cpu" if config.shard else device)
+        else:
+            model, tokenizer, facts = embedded_model(config)
+        if config.shard and config.model:
+            shard(model, device)
         trees, packed = rankc.plant(model, tokenizer, splits, config, say)
         asked = trees  # what is judged: the same, unless --score string wants the prompt scored too
         if config.score == "string":
             asked, _ = rankc.plant(model, tokenizer, splits, config, say, whole=True)
+        kept = begin(out, config, fingerprint(model, splits, trees), old)
+        done, total = on_first(kept.state).get("step", 0), count_steps(len(splits["train"]), config)
+        if config.resume:
+            say(f"resume: {out}, " + (f"from step {done} of {total}" if done else
+                "from the start: no checkpoint yet" if old else "a new run: nothing is there"))
+        if not config.model:
+            base = kept.keep("base", lambda: on_first(tell, model, tokenizer, facts, config.seed))
+            model.load_state_dict(base, strict=False)  # the head is the embeddings
+            if config.shard:
+                shard(model, device)
     say(describe(model, tokenizer, splits, trees, config))
 
-    def judge(desc, asked, config=config):
-        return {name: rankc.score(model, trees, config, f"{desc} {name}", packed)
+    def judge(desc, asked, place="", config=config):
+        return {name: kept.keep(f"{place}{desc}-{name}", lambda: {"nats": rankc.score(
+            model, trees, config, f"{desc} {name}", packed, [q.id for q in splits[name]])})["nats"]
                 for name, trees in asked.items()}
 
     with stage("reference"):
         base = judge("reference", asked)
-        sums = base if config.score == "sum" else judge("reference", {"train": trees["train"]},
-                                                        replace(config, score="sum"))
+        sums = base if config.score == "sum" else judge(
+            "reference-sum", {"train": trees["train"]}, config=replace(config, score="sum"))
     tables = {"base": base, "optimum": {name: rankc.forecast(table, gamma, config.beta)
                                         for name, table in base.items()}}
     sizes = [question.K for questions in splits.values() for question in questions]
     metrics = {"languages": langs, "chance": rankc.guessing(sizes)[0]}
     say(rankc.report(splits, tables, langs, metrics, subjects) + "\n")
-    kept = list(range(len(splits["train"])))
+    used = list(range(len(splits["train"])))
     if config.method == "calm":
-        kept, metrics["vote"] = poll(splits["train"], sums["train"], config)
-        say(f"calm: {len(kept)} questions to train on, {json.dumps(metrics['vote'])}\n")
-        if not kept:
+        used, metrics["vote"] = poll(splits["train"], sums["train"], config)
+        say(f"calm: {len(used)} questions to train on, {json.dumps(metrics['vote'])}\n")
+        if not used:
             raise data.InputError("--method calm: the languages agree on every training question")
 
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        settings = {**asdict(config), "out": str(out), **environment()}
-        if config.model and Path(config.model).is_dir():  # so that it is found from anywhere
-            settings["model"] = str(Path(config.model).resolve())
-        (out / "run.json").write_text(json.dumps(settings, indent=1))
-    with stage("train"), open(out / "log.jsonl" if rank == 0 else os.devnull, "w") as file:
-        steps = draw([splits["train"][q] for q in kept], [trees["train"][q] for q in kept],
-                     sums["train"][:, kept], gamma, config)
-        tokens = optimise(model, steps, count_steps(len(kept), config), config, packed,
-                          lambda line: print(json.dumps(line), file=file, flush=True))
-    if rank == 0:
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+    total, signals = count_steps(len(used), config), []
 
+    def heed(number, _):
+        signals.append(number)
+        say(f"{signal.Signals(number).name}: finishing the step, then saving")
+
+    with stage("train"), open_log(out / "log.jsonl", done) as file, rankc.on_signals(heed):
+        steps = draw([splits["train"][q] for q in used], [trees["train"][q] for q in used],
+                     sums["train"][:, used], gamma, config)
+        tokens = optimise(model, steps, total, config, packed,
+                          lambda line: print(json.dumps(line), file=file, flush=True),
+                          kept, signals)
+    save_model(model, tokenizer, out)
     with stage("evaluate"):
-        tables["trained"] = judge("evaluate", asked)
+        tables["trained"] = judge("evaluate", asked, f"step-{total}/")
     say(rankc.report(splits, tables, langs, metrics, subjects))
     last = list(splits)[-1]
     say(f"\nanswers that changed in {last}, the first few questions:")
@@ -469,10 +861,11 @@ def main() -> None:
         del tables["optimum"]  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
         rankc.draw_clc(out / "clc.png", metrics[last]["base"], metrics[last]["trained"], langs)
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1))  # last: the run is whole
+        put_json(out / "metrics.json", metrics)  # last: the run is whole
+        remove(kept.folder)
     spent = ", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items())
     say(f"\n{spent}; wrote {out}")
 
 
 if __name__ == "__main__":
-    rankc.run(main)
+    rankc.run(main, "; the same command with --resume goes on")

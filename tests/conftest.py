@@ -1,12 +1,21 @@
 """Shared by the tests: hypothesis profiles, where the real data lies, tiny models and tokens."""
 
+import contextlib
+import io
+import json
+import multiprocessing
 import os
+import socket
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -80,3 +89,179 @@ def tiny_llama(vocab_size: int, seed: int = 0, **changes):
             }
         )
     ).eval()
+
+
+WORDS = "one two three four five six seven eight nine ten".split()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a tiny model and 11 questions in three languages, one with fewer answers."""
+    folder = tmp_path_factory.mktemp("world")
+    lines = []
+    for i, word in enumerate(WORDS + ["eleven"]):
+        prompts = {
+            "en": f"The number after {word} is",
+            "es": f"Tras {word} viene el",
+            "fr": f"Le suivant de {word} est",
+        }
+        answers = [f" {WORDS[(i * 3 + k) % 10]}" for k in range(3 if i == 4 else 4)]
+        lines.append(
+            json.dumps(
+                {
+                    "id": str(i),
+                    "subject": ["even", "odd"][i % 2],
+                    "gold": i % 3,
+                    "prompts": prompts,
+                    "answers": {
+                        lang: [a + lang[0] * (k % 2) for k, a in enumerate(answers)]
+                        for lang in prompts
+                    },
+                }
+            )
+        )
+    (folder / "q.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer = tiny_tokenizer("\n".join(lines))
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    return folder
+
+
+def launch(script, *arguments, processes=0, torchrun=0, fails=False, cwd=ROOT):
+    """Run a script inside this process, as so many processes, or under torchrun; its output."""
+    arguments = [str(argument) for argument in arguments]
+    if torchrun:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        done = subprocess.run(
+            [*start, "--nproc_per_node", str(torchrun), ROOT / script, *arguments],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        statuses, text = [done.returncode], done.stdout + done.stderr
+    elif processes:
+        statuses, text = wait(fork(script, arguments, processes))
+    else:
+        status, text = inside(script, arguments)
+        statuses = [status]
+    assert any(statuses) == bool(fails), text
+    return text
+
+
+def inside(script, arguments):
+    import rankc
+
+    text, before = io.StringIO(), sys.argv
+    sys.argv, status = [script, *arguments], 0
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            rankc.run(*entry(script))
+        except SystemExit as ended:
+            status = ended.code
+        finally:
+            sys.argv = before
+    return status, text.getvalue()
+
+
+def entry(script):
+    import rankc
+    import train
+
+    hint = "; the same command with --resume goes on"
+    return (train.main, hint) if script == "train.py" else (rankc.main,)
+
+
+def fork(script, arguments, processes=1, before=None, **environment):
+    """Start processes as torchrun would, but forked from one that has imported everything.
+
+    `before` is called in each of them first.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["train", "transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg"]
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    arguments = [str(argument) for argument in arguments]
+    for rank in range(processes):
+        output = tempfile.NamedTemporaryFile("r", prefix=f"rank-{rank}-", delete=False)
+        there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+        there |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, **environment}
+        args = (script, arguments, there, output.name, before)
+        process = context.Process(target=child, args=args, daemon=True)
+        process.start()
+        started.append((process, output))
+    return started
+
+
+def child(script, arguments, there, output, before):
+    os.environ.update({name: str(value) for name, value in there.items()})
+    file = os.open(output, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    import rankc
+
+    torch.set_num_threads(1)
+    sys.argv = [script, *arguments]
+    if before:
+        before()
+    rankc.run(*entry(script))
+
+
+def wait(started, timeout=240):
+    """The exit statuses and what was written; nothing may hang."""
+    until = time.monotonic() + timeout
+    for process, _ in started:
+        process.join(max(0, until - time.monotonic()))
+    hung = [process.kill() for process, _ in started if process.exitcode is None]
+    text = ""
+    for _, output in started:
+        text += output.read()
+        output.close()
+        os.unlink(output.name)
+    assert not hung, f"{len(hung)} processes hung\n{text}"
+    return [process.exitcode for process, _ in started], text
+
+
+def command(world, out, *more):
+    """The arguments of a run on the tiny model and its questions."""
+    settings = {
+        "--model": world / "model",
+        "--data": f"jsonl:{world / 'q.jsonl'}",
+        "--train_questions": 7,
+        "--lr": 1e-3,
+        "--schedule": "constant",
+        "--batch_questions": 3,
+        "--device": "cpu",
+        "--out": out,
+    }
+    fixed = [str(part) for setting in settings.items() for part in setting]
+    return [*fixed, "--langs", "en", "es", "fr", *map(str, more)]
+
+
+def train(world, out, *more, **how):
+    return launch("train.py", *command(world, out, *more), **how)
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def assert_same(a, b, rtol=1e-4, atol=2e-5):
+    """Within the rounding that Adam, which divides by the gradient's size, makes of 3e-3 moved."""
+    assert weights(a).keys() == weights(b).keys()
+    for name, value in weights(a).items():
+        torch.testing.assert_close(value, weights(b)[name], rtol=rtol, atol=atol)
+    logs = [[json.loads(line) for line in (out / "log.jsonl").open()] for out in (a, b)]
+    for ours, theirs in zip(*logs, strict=True):  # Adam and clipping hide the gradient's scale
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+    ours, theirs = (json.loads((out / "metrics.json").read_text()) for out in (a, b))
+    for split in ("train", "test"):
+        assert ours[split]["trained"]["clc"] == pytest.approx(theirs[split]["trained"]["clc"])
+        assert ours[split]["base"]["accuracy"] == theirs[split]["base"]["accuracy"]
+        assert ours[split]["base"]["clc_matrix"] == theirs[split]["base"]["clc_matrix"]

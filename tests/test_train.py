@@ -1,130 +1,13 @@
 """The program as it is run: as processes, on a tiny saved model and questions written here."""
 
-import contextlib
-import io
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from conftest import ROOT, tiny_llama, tiny_tokenizer
-
-WORDS = "one two three four five six seven eight nine ten".split()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a tiny model and 11 questions in three languages, one with fewer answers."""
-    folder = tmp_path_factory.mktemp("world")
-    lines = []
-    for i, word in enumerate(WORDS + ["eleven"]):
-        prompts = {
-            "en": f"The number after {word} is",
-            "es": f"Tras {word} viene el",
-            "fr": f"Le suivant de {word} est",
-        }
-        answers = [f" {WORDS[(i * 3 + k) % 10]}" for k in range(3 if i == 4 else 4)]
-        lines.append(
-            json.dumps(
-                {
-                    "id": str(i),
-                    "subject": ["even", "odd"][i % 2],
-                    "gold": i % 3,
-                    "prompts": prompts,
-                    "answers": {
-                        lang: [a + lang[0] * (k % 2) for k, a in enumerate(answers)]
-                        for lang in prompts
-                    },
-                }
-            )
-        )
-    (folder / "q.jsonl").write_text("\n".join(lines) + "\n")
-    tokenizer = tiny_tokenizer("\n".join(lines))
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
-    return folder
-
-
-def launch(script, *arguments, processes=0, fails=False, cwd=ROOT):
-    """Run a script as `torchrun` does or, without processes, inside this one; its output."""
-    arguments = [str(argument) for argument in arguments]
-    if not processes:
-        return inside(script, arguments, fails)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*start, "--nproc_per_node", str(processes), ROOT / script, *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def inside(script, arguments, fails):
-    import rankc
-    import train
-
-    main = {"train.py": train.main, "rankc.py": rankc.main}[script]
-    text, before = io.StringIO(), sys.argv
-    sys.argv, status = [script, *arguments], 0
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        try:
-            rankc.run(main)
-        except SystemExit as ended:
-            status = ended.code
-        finally:
-            sys.argv = before
-    assert status == (2 if fails else 0), text.getvalue()
-    return text.getvalue()
-
-
-def command(world, out, *more):
-    """The arguments of a run on the tiny model and its questions."""
-    settings = {
-        "--model": world / "model",
-        "--data": f"jsonl:{world / 'q.jsonl'}",
-        "--train_questions": 7,
-        "--lr": 1e-3,
-        "--schedule": "constant",
-        "--batch_questions": 3,
-        "--device": "cpu",
-        "--out": out,
-    }
-    fixed = [str(part) for setting in settings.items() for part in setting]
-    return [*fixed, "--langs", "en", "es", "fr", *map(str, more)]
-
-
-def train(world, out, *more, **how):
-    return launch("train.py", *command(world, out, *more), **how)
-
-
-def weights(out):
-    return load_file(out / "model.safetensors")
-
-
-def assert_same(a, b, rtol=1e-4, atol=2e-5):
-    """Within the rounding that Adam, which divides by the gradient's size, makes of 3e-3 moved."""
-    assert weights(a).keys() == weights(b).keys()
-    for name, value in weights(a).items():
-        torch.testing.assert_close(value, weights(b)[name], rtol=rtol, atol=atol)
-    logs = [[json.loads(line) for line in (out / "log.jsonl").open()] for out in (a, b)]
-    for ours, theirs in zip(*logs, strict=True):  # Adam and clipping hide the gradient's scale
-        for name in ("loss", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
-    ours, theirs = (json.loads((out / "metrics.json").read_text()) for out in (a, b))
-    for split in ("train", "test"):
-        assert ours[split]["trained"]["clc"] == pytest.approx(theirs[split]["trained"]["clc"])
-        assert ours[split]["base"]["accuracy"] == theirs[split]["base"]["accuracy"]
-        assert ours[split]["base"]["clc_matrix"] == theirs[split]["base"]["clc_matrix"]
+from conftest import assert_same, command, launch, tiny_llama, train
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +161,8 @@ def test_calm_says_so_where_the_languages_agree_on_everything(world, tmp_path):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     more = ("--data", f"jsonl:{tmp_path / 'q.jsonl'}", "--method", "calm")
     text = train(world, tmp_path / "out", *more, fails=True)
-    assert "agree on every training question" in text and not (tmp_path / "out").exists()
+    assert "agree on every training question" in text
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_dpo_then_dco_by_subject_stand_in_one_table_with_what_their_metrics_say(world):
@@ -529,7 +413,7 @@ def test_data_of_ones_own_needs_a_model(world):
 
 def test_the_default_run_makes_the_embedded_model_consistent(tmp_path):
     """`torchrun train.py`: CLC gains on both splits, English loses no more than a point."""
-    text = launch("train.py", processes=1, cwd=tmp_path)
+    text = launch("train.py", torchrun=1, cwd=tmp_path)
     metrics = json.loads((tmp_path / "runs" / "1" / "metrics.json").read_text())
     for split in ("train", "test"):
         assert metrics[split]["trained"]["clc"] > metrics[split]["base"]["clc"] + 0.01

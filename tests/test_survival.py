@@ -1,0 +1,493 @@
+"""What a run lives through: SIGKILL at any call, signals, restarts, full disks, damage, lost links.
+
+Runs are of the tiny model in conftest.py; `tests/kill_loop.py` kills the embedded default at random
+moments.
+"""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train as train_program
+from conftest import ROOT, assert_same, command, fork, launch, train, wait, weights
+
+LONG = ("--epochs", 12, "--save_every", 5)  # 36 steps
+SHORT = ("--epochs", 3, "--save_every", 3)  # 9 steps, 3 checkpoints
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world):
+    """Runs that nothing happens to, made when asked for: (processes, shard) -> folder."""
+
+    @functools.cache
+    def of(processes=1, *more):
+        out = world / f"undisturbed-{processes}{''.join(map(str, more))}"
+        how = {} if processes == 1 else {"processes": processes}
+        train(world, out, *LONG, *more, **how)
+        return out
+
+    return of
+
+
+def assert_equal(out, other):
+    """Bit for bit the same model, log and scores."""
+    ours, theirs = weights(out), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for file in ("log.jsonl", "answers.jsonl"):
+        assert (out / file).read_text() == (other / file).read_text()
+    ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (out, other))
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    assert not (out / "checkpoint").exists()
+    assert {path.name for path in out.iterdir()} == {path.name for path in other.iterdir()}
+
+
+def steps(out):
+    return train_program.Kept(out / "checkpoint", "").steps()
+
+
+def until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def lines(out):
+    return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+
+
+def die_at(call, name="fsync"):
+    """Die, as by SIGKILL, in the place of the n-th such call of the operating system."""
+    real, left = getattr(os, name), [call]
+
+    def dying(*arguments, **more):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **more)
+
+    setattr(os, name, dying)
+
+
+CALLS = [("fsync", n) for n in (0, 1, 2, 5, 9, 11, 13, 15)]
+CALLS += [("replace", n) for n in (0, 1, 3, 7, 11, 16, 17)]
+CALLS += [("unlink", 1), ("rmdir", 0), ("rmdir", 2)]
+
+
+@pytest.mark.parametrize("name, call", CALLS)
+def test_killed_wherever_it_touches_the_disk_it_ends_bit_for_bit_as_undisturbed(
+    world, tmp_path, undisturbed, name, call
+):
+    arguments = command(world, tmp_path / "out", *SHORT, "--resume")
+    before = functools.partial(die_at, call, name)
+    (status,), text = wait(fork("train.py", arguments, before=before))
+    assert status == -signal.SIGKILL, text  # or it proves nothing
+    assert all(load_file(path) for path in tmp_path.rglob("checkpoint/step-*[0-9]/*.safetensors"))
+    text = launch("train.py", *arguments)
+    assert "resume: " in text
+    assert_equal(tmp_path / "out", undisturbed(1, *SHORT))
+
+
+@pytest.mark.parametrize("processes, more", [(1, ()), (2, ()), (3, ()), (2, ("--shard",))])
+def test_killed_in_the_steps_it_goes_on_from_the_newest_checkpoint(
+    world, tmp_path, undisturbed, processes, more
+):
+    """Bit for bit, with as many processes; one dies, the others end by themselves."""
+    out, wanted = tmp_path / "out", undisturbed(processes, *more)
+    arguments = command(world, out, *LONG, *more, "--resume")
+    for kill in range(2):
+        started = fork("train.py", arguments, processes)
+        until(lambda: lines(out) >= 7 + 12 * kill)  # noqa: B023
+        started[kill % processes][0].kill()
+        statuses, text = wait(started)
+        assert statuses[kill % processes] == -signal.SIGKILL and all(statuses), text
+        assert "Traceback" not in text and ("lost the other processes" in text or processes == 1)
+        assert len(steps(out)) == min(2, lines(out) // 5)
+    statuses, text = wait(fork("train.py", arguments, processes))
+    assert not any(statuses) and f"{out}, from step 15 of 36" in text or "step 20" in text, text
+    assert_equal(out, wanted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_one_process_lets_all_finish_the_step_save_and_leave(
+    world, tmp_path, undisturbed, number, processes
+):
+    out = tmp_path / "out"
+    arguments = command(world, out, *LONG, "--resume", "--save_every", 0)
+    started = fork("train.py", arguments, processes)
+    until(lambda: lines(out) >= 7)
+    os.kill(started[-1][0].pid, number)
+    statuses, text = wait(started)
+    assert statuses == [128 + number] * processes, text
+    (step,) = steps(out)
+    assert lines(out) == step >= 7
+    assert f"stopped by {number.name}: step {step} of 36 is saved; the same command" in text
+    statuses, text = wait(fork("train.py", arguments, processes))
+    assert f"from step {step} of 36" in text
+    assert_equal(out, undisturbed(processes))
+
+
+def test_a_signal_outside_the_steps_ends_the_run_at_once_with_a_message(world, tmp_path):
+    more = ("--max_tokens", 1, "--langs", "en", "es", "fr")
+    started = fork("train.py", command(world, tmp_path / "out", *more), before=slowly)
+    until(lambda: (tmp_path / "out" / "run.json").exists())
+    os.kill(started[0][0].pid, signal.SIGTERM)
+    (status,), text = wait(started)
+    assert status == 143 and "stopped by SIGTERM; the same command with --resume" in text
+    assert "Traceback" not in text and not lines(tmp_path / "out")
+
+
+def slowly():
+    import dco
+
+    real = dco.completion_logps
+
+    def scored(*arguments):
+        time.sleep(0.05)
+        return real(*arguments)
+
+    dco.completion_logps = scored
+
+
+def test_what_is_kept_is_not_computed_twice_and_a_whole_run_is_left_alone(
+    world, tmp_path, undisturbed, monkeypatch
+):
+    import rankc
+
+    out, scored, score = tmp_path / "out", [], rankc.score
+
+    def counted(model, trees, config, desc, *more):
+        scored.append(desc)
+        return score(model, trees, config, desc, *more)
+
+    monkeypatch.setattr(rankc, "score", counted)
+    arguments = command(world, out, *LONG, "--resume", "--score", "mean")
+    for name, call in (("replace", 4), ("replace", 20), ("rmdir", 3)):
+        wait(fork("train.py", arguments, before=functools.partial(die_at, call, name)))
+    assert len(steps(out)) == 2  # whole, but for what is to be removed at the end
+    (out / "metrics.json").unlink()
+    launch("train.py", *arguments)
+    assert scored == []
+    train(world, tmp_path / "other", "--score", "mean")
+    assert scored == ["reference train", "reference test", "reference train", "evaluate train",
+                      "evaluate test"]  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert "is whole, nothing is left to do" in launch("train.py", *arguments)
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def killed(world):
+    """A run that was killed after it had kept a second checkpoint."""
+    out = world / "killed"
+    started = fork("train.py", command(world, out, *LONG))
+    until(lambda: len(steps(out)) == 2)
+    started[0][0].kill()
+    wait(started)
+    return out
+
+
+@pytest.fixture
+def stopped(world, tmp_path, killed):
+    """A copy of such a run, and the arguments to go on with it."""
+    out = tmp_path / "out"
+    shutil.copytree(killed, out)
+    return out, command(world, out, *LONG, "--resume")
+
+
+def test_another_number_of_processes_and_sharding_go_on_with_a_checkpoint(
+    stopped, world, undisturbed
+):
+    out, arguments = stopped
+    shutil.copytree(out, out.with_name("shard"))
+    wait(fork("train.py", [*arguments, "--max_tokens", 50], 3))
+    assert_same(out, undisturbed(), atol=2e-4)
+    arguments = command(world, out.with_name("shard"), *LONG, "--resume", "--shard")
+    wait(fork("train.py", arguments, 2))
+    assert_same(out.with_name("shard"), undisturbed(), atol=2e-4)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def foreign(path):
+    save_file(load_file(path), path, {"content": "of another model"})
+
+
+def renamed(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({f"{name}x": value for name, value in load_file(path).items()}, path, metadata)
+
+
+def emptied(path):
+    path.write_text("")
+
+
+def text_of(change):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+HARM = [
+    ("step-*/model.safetensors", cut, "model.safetensors is damaged"),
+    ("step-*/optimizer.safetensors", cut, "optimizer.safetensors is damaged"),
+    ("step-*/model.safetensors", emptied, "model.safetensors is damaged"),
+    ("step-*/model.safetensors", Path.unlink, "model.safetensors is damaged"),
+    ("step-*/optimizer.safetensors", foreign, "kept from another model, tokenizer or data"),
+    ("step-*/model.safetensors", renamed, "other tensors than this model has"),
+    ("step-*/state.json", cut, "state.json is damaged"),
+    ("step-*/state.json", emptied, "state.json is damaged"),
+    ("step-*/state.json", text_of({"step": 3}), "state.json is damaged (ValueError('not of step"),
+    ("step-*/state.json", text_of({"tokens": None}), "state.json is damaged"),
+    ("step-*/state.json", text_of({"content": "x"}), "a checkpoint of another model"),
+    ("reference-test.safetensors", cut, "reference-test.safetensors is damaged"),
+    ("reference-train.safetensors", foreign, "kept from another model, tokenizer or data"),
+    ("../run.json", cut, "is there, but is no run of this train.py"),
+    ("../run.json", Path.unlink, "is there, but is no run of this train.py"),
+    ("../run.json", text_of({"content": "x"}), "begun with another model, tokenizer or data"),
+]
+
+
+@pytest.mark.parametrize("file, harm, message", HARM)
+def test_a_damaged_or_foreign_file_is_refused_by_name(stopped, undisturbed, file, harm, message):
+    """And where a checkpoint is removed as the message says, the one before it goes on."""
+    out, arguments = stopped
+    path = sorted((out / "checkpoint").glob(file), key=lambda path: path.stat().st_mtime)[-1]
+    harm(path)
+    text = launch("train.py", *arguments, fails=True)
+    assert message in text and "Traceback" not in text and str(out) in text
+    if harm is cut and "step" in file:
+        shutil.rmtree(path.parent)
+        launch("train.py", *arguments)
+        assert_equal(out, undisturbed())
+
+
+def test_other_settings_are_refused_with_what_differs(stopped):
+    out, arguments = stopped
+    more = ("--lr", "2e-3", "--candidates", "3", "--save_every", "7", "--max_tokens", "99")
+    text = launch("train.py", *arguments, *more, fails=True)
+    assert "begun with other settings: lr 0.001, now 0.002; candidates 2, now 3. Give" in text
+    text = launch("train.py", *arguments[:-1], fails=True)
+    assert "not empty" in text and "--resume goes on with it" in text
+
+
+def test_other_data_and_models_under_the_same_names_are_refused(world, tmp_path, stopped):
+    out, arguments = stopped
+    for name, old, new in (("q.jsonl", "Tras one", "Tras uno"), ("model", "", "")):
+        kept = tmp_path / name
+        (shutil.copytree if name == "model" else shutil.copy)(world / name, kept)
+        try:
+            if name == "model":
+                changed = weights(kept)
+                changed["model.norm.weight"][3] += 1e-6
+                save_file(changed, world / name / "model.safetensors", {"format": "pt"})
+            else:
+                (world / name).write_text(kept.read_text().replace(old, new))
+            text = launch("train.py", *arguments, fails=True)
+        finally:
+            shutil.rmtree(world / name) if name == "model" else None
+            (shutil.copytree if name == "model" else shutil.copy)(kept, world / name)
+        assert "with another model, tokenizer or data under the same names" in text
+    assert f"from step {steps(out)[-1]}" in launch("train.py", *arguments)
+
+
+def test_two_runs_at_once_do_not_write_into_one_folder(world, tmp_path):
+    arguments = command(world, tmp_path / "out", *LONG, "--resume")
+    first = fork("train.py", arguments, before=slowly)
+    until(lambda: (tmp_path / "out" / "run.json").exists())
+    text = launch("train.py", *arguments, fails=True)
+    assert "another process is at work in it" in text
+    first[0][0].kill()
+    wait(first)
+    launch("train.py", *arguments)
+
+
+def test_without_out_an_unfinished_run_of_the_same_settings_is_found(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = command(world, "", *LONG, "--resume")
+    launch("train.py", *command(world, ""))  # runs/1, whole
+    for _ in range(2):
+        started = fork("train.py", arguments, before=functools.partial(os.chdir, tmp_path))
+        until(lambda: lines(tmp_path / "runs" / "2") > 6)
+        started[0][0].kill()
+        wait(started)
+    text = launch("train.py", *arguments)
+    assert "resume: runs/2, from step" in text and not (tmp_path / "runs" / "3").exists()
+    assert "resume: runs/3, a new run" in launch("train.py", *arguments)
+
+
+def test_torchrun_restarts_a_killed_worker_and_the_run_resumes_by_itself(
+    world, tmp_path, undisturbed
+):
+    out = tmp_path / "out"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "3"]
+    running = subprocess.Popen(
+        [*start, "--nproc_per_node", "2", ROOT / "train.py", *command(world, out, *LONG)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until(lambda: lines(out) >= 7)
+    workers = children(running.pid)
+    os.kill(workers[1], signal.SIGKILL)
+    text = running.communicate(timeout=240)[0]
+    assert running.returncode == 0 and f"resume: {out}, from step" in text, text
+    assert_equal(out, undisturbed(2))
+    assert not any(alive(pid) for pid in workers)
+
+
+def children(pid):
+    """The workers of a torchrun, first rank first."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    names = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in found}
+    return sorted(child for child, name in names.items() if b"train.py" in name)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_do_not_outlive_a_torchrun_that_is_killed(world, tmp_path):
+    out = tmp_path / "out"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    running = subprocess.Popen(
+        [*start, ROOT / "train.py", *command(world, out, "--epochs", 5000)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until(lambda: lines(out) >= 3)
+    workers = children(running.pid)
+    assert len(workers) == 2
+    running.kill()
+    running.wait()
+    until(lambda: not any(map(alive, workers)), 60)
+    assert len(steps(out)) == 1  # and what they had done is saved
+
+
+def fail_on_the_last(step=4):
+    """On the last process alone, raise an error in a step."""
+    import train
+
+    if os.environ["RANK"] == "1":
+        real, left = train.term, [step]
+
+        def failing(*arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyError("a bug on one process")
+            return real(*arguments)
+
+        train.term = failing
+
+
+@pytest.mark.parametrize("more", [(), ("--shard",)])
+def test_one_process_that_fails_ends_the_others_without_a_hang(world, tmp_path, more):
+    started = fork(
+        "train.py", command(world, tmp_path / "out", *LONG, *more), 2, before=fail_on_the_last
+    )
+    statuses, text = wait(started, 60)
+    assert all(status not in (None, 0) for status in statuses), text
+    assert "a bug on one process" in text and "process 0: error: lost the other processes" in text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_questions(
+    world, tmp_path, processes
+):
+    out = tmp_path / "out"
+    more = ("--lr", "1e30", "--grad_clip", 0, "--save_every", 1)
+    statuses, text = wait(fork("train.py", command(world, out, *more), processes))
+    assert statuses == [1] * processes and "Traceback" not in text
+    assert "step 2: the loss of question '" in text and "is NaN or infinite" in text
+    assert steps(out) == [1] and lines(out) == 1
+    named = text.split("the loss of question ")[1].split(" is NaN")[0]
+    draws = list(range(7))
+    import random
+
+    import data
+
+    random.Random("order/0/0").shuffle(draws)
+    order = data.split(data.load(f"jsonl:{world / 'q.jsonl'}", ["en"]), 7, None, 0)[0]
+    assert set(named.split(", ")) <= {repr(order[q].id) for q in draws[3:6]}
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_found_too(world, tmp_path, monkeypatch):
+    """The derivative of |x| hides it: that of NaN is 0."""
+    real = train_program.term
+    monkeypatch.setattr(train_program, "term", lambda *tables: real(*tables) * 0 + torch.inf)
+    text = train(world, tmp_path / "out", fails=True)
+    assert "step 1: the loss of question" in text
+
+
+def test_a_model_whose_scores_are_no_numbers_is_told_with_the_questions(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "model")
+    broken = weights(world / "model")
+    broken["model.norm.weight"][0] = torch.nan
+    save_file(broken, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    text = train(world, tmp_path / "out", "--model", tmp_path / "model", fails=True)
+    assert "reference train: log-probs are NaN or infinite in 7 of 7 questions: '" in text
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", place], text=True,
+                          capture_output=True)  # fmt: skip
+    if made.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("free", [700_000, 350_000, 100_000])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
+    world, small_disk, undisturbed, free, processes
+):
+    """In the model, in the optimizer, in what is written of the second checkpoint."""
+    out = small_disk / "out"
+    arguments = command(world, out, *LONG, "--resume")
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2 * 2**20 - 600_000 - free))
+    statuses, text = wait(fork("train.py", arguments, processes))
+    assert statuses == [1] * processes and "Traceback" not in text, text
+    assert "could not be saved: " in text and "No space left" in text or "os error 28" in text
+    assert not [*out.rglob("*.part")]
+    if done := steps(out):
+        assert f"The checkpoint of step {done[-1]} is whole; the same command with" in text
+    else:
+        assert "There is no checkpoint before it" in text
+    filler.unlink()
+    (statuses, text) = wait(fork("train.py", arguments, processes))
+    assert not any(statuses), text
+    assert_equal(out, undisturbed(processes))
+
+
+def test_out_of_gpu_memory_says_which_setting_to_lower(world, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train_program, "completion_logps", full)
+    text = train(world, tmp_path / "out", fails=True)
+    assert "Lower --max_tokens" in text and "2.00 GiB" in text and "--resume goes on" in text
