@@ -212,15 +212,9 @@ def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, pac
     scheduler = get_scheduler(kind, optimizer, round(config.warmup * total), total)
     state = kept.load(model, optimizer, scheduler) if kept else {}
     done, tokens, note = state.get("step", 0), state.get("tokens", 0), {}
-    policy, apart = model, nullcontext
-    last = deque(islice(steps, done), maxlen=1)  # the step that was done last
-    if world > 1 and not config.shard:
-        policy = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        apart = policy.no_sync
-        for item in [items[0] for items in last]:  # DDP regroups gradients after its first backward
-            seen = completion_logps(policy, [item.trees[item.used[0]]], packed)  # pass, and so adds
-            (0.0 * seen.sum()).backward()  # up those of three processes or more in another order
-            optimizer.zero_grad()
+    before = deque(islice(steps, done), maxlen=1)  # the step that was done last
+    policy = replicate(model, before, packed) if world > 1 and not config.shard else model
+    apart = getattr(policy, "no_sync", nullcontext)
     for step, items in enumerate(progress(steps, "train", total, note, done), done + 1):
         ref = torch.stack([item.ref for item in items]).to(device)  # (B, L, K)
         r_align = torch.stack([item.r_align for item in items]).to(device)  # (B, L, K)
@@ -259,13 +253,26 @@ def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, pac
             seen = watch(logps, ref, r_align, config)
             note["loss"] = seen["loss"]
             log({"step": step, **seen, "grad_norm": float(norm), "lr": rate})
-        every = config.save_every and (step % config.save_every == 0 or step == total)
-        if kept and (number or every):
+        due = config.save_every and (step % config.save_every == 0 or step == total)
+        if kept and (number or due):
             kept.save(model, optimizer, scheduler, {"step": step, "tokens": tokens})
         if number:
             raise Halt(f"stopped by {signal.Signals(number).name}: step {step} of {total} is saved",
                        128 + number)
     return tokens
+
+
+def replicate(model, before: Sequence[list[Item]], packed: bool) -> DistributedDataParallel:
+    """DDP, and where steps were done `before` it as it was after the first of them.
+
+    It regroups gradients after its first backward pass, and so adds up those of three processes or
+    more in another order; a pass that counts nothing brings it there.
+    """
+    policy = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for item in [items[0] for items in before]:
+        (0.0 * completion_logps(policy, [item.trees[item.used[0]]], packed).sum()).backward()
+        policy.zero_grad()
+    return policy
 
 
 def micro_batches(items: list[Item], config: Config, packed: bool, rank: int, world: int
@@ -321,6 +328,7 @@ def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
 # What may change where a run is resumed: it moves nothing but rounding.
 FREE = {"out", "resume", "save_every", "log_every", "max_tokens", "gradient_checkpointing", "shard",
         "device", "timeout"}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
 
 
 @dataclass(frozen=True)
@@ -393,46 +401,37 @@ class Kept:
             beside.unlink(missing_ok=True)
             raise OSError(f"{path}: {error}") from error
 
+    @torch.no_grad()
     def load(self, model, optimizer, scheduler) -> dict:
         """Put the newest checkpoint in place; what it says of itself, {} where there is none."""
         if not (state := on_first(self.state)):
             return {}
-        weights, moments = dict(model.named_parameters()), {}
-        for file in ("model", "optimizer"):
-            wanted, found = weights, {}
-            if file == "optimizer":
-                wanted = {f"{name}/{kind}": weight for name, weight in weights.items()
-                          for kind in ("exp_avg", "exp_avg_sq")}
-            path = self.folder / f"step-{state['step']}" / f"{file}.safetensors"
-            on_first(lambda: found.update(self.read(path, wanted)))
-            for name, like in wanted.items():
-                full = found.pop(name).to(like.device) if found else torch.empty(
-                    like.shape, dtype=like.dtype, device=like.device)
-                if isinstance(like, DTensor):
-                    full = distribute_tensor(full, like.device_mesh, like.placements)
+        for weight in model.parameters():
+            step = torch.tensor(float(state["step"]), device=weight.device)
+            moments = {kind: torch.zeros_like(weight) for kind in MOMENTS}
+            optimizer.state[weight] = {"step": step, **moments}
+        for name, tensors in files(model, optimizer).items():
+            path, found = self.folder / f"step-{state['step']}" / name, {}
+            on_first(lambda path, found, like: found.update(self.read(path, like)),
+                     path, found, tensors)
+            for key, tensor in tensors.items():
+                full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                if found:
+                    full.copy_(found.pop(key))
+                if isinstance(tensor, DTensor):
+                    full = distribute_tensor(full, tensor.device_mesh, tensor.placements)
                 elif dist.get_world_size() > 1:
                     dist.broadcast(full, 0)
-                if file == "model":
-                    like.data.copy_(full)
-                else:
-                    moments[name] = full
-        step = torch.tensor(float(state["step"]))
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": {
-            i: {"step": step.clone(), "exp_avg": moments[f"{name}/exp_avg"],
-                "exp_avg_sq": moments[f"{name}/exp_avg_sq"]} for i, name in enumerate(weights)}})
+                tensor.copy_(full)
         scheduler.load_state_dict(state["scheduler"])
         optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
         return state
 
     def save(self, model, optimizer, scheduler, state: dict) -> None:
-        """Write a checkpoint beside the others, then keep the last two."""
+        """Write a checkpoint beside the others, then keep the last two. Raises Halt if it fails."""
         path = self.folder / f"step-{state['step']}"
         beside = path.with_name(path.name + ".part")
         state = {**state, "scheduler": scheduler.state_dict(), "content": self.content}
-        weights = dict(model.named_parameters())
-        files = {"model": weights, "optimizer": {
-            f"{name}/{kind}": optimizer.state[weight][kind] for name, weight in weights.items()
-            for kind in ("exp_avg", "exp_avg_sq")}}
 
         def finish():
             (beside / "state.json").write_text(json.dumps(state))  # last
@@ -442,17 +441,23 @@ class Kept:
 
         try:
             on_first(lambda: (remove(beside), beside.mkdir()))
-            for file, tensors in files.items():
-                full = gather(tensors)
-                on_first(self.write, beside / f"{file}.safetensors", full)
+            for name, tensors in files(model, optimizer).items():
+                on_first(self.write, beside / name, gather(tensors))
             on_first(finish)
         except OSError as error:
-            if dist.get_rank() == 0:
-                shutil.rmtree(beside, ignore_errors=True)
+            on_first(remove, beside)
             older = on_first(self.steps)
             raise Halt(f"error: step {state['step']} could not be saved: {error}. " + (
                 f"The checkpoint of step {older[-1]} is whole" if older else
                 "There is no checkpoint before it")) from error
+
+
+def files(model, optimizer) -> dict[str, dict[str, Tensor]]:
+    """The files of a checkpoint, and the tensors in each."""
+    weights = dict(model.named_parameters())
+    return {"model.safetensors": weights, "optimizer.safetensors": {
+        f"{name}/{kind}": optimizer.state[weight][kind] for name, weight in weights.items()
+        for kind in MOMENTS}}
 
 
 def put(beside: Path, path: Path) -> None:
@@ -479,10 +484,12 @@ def put_json(path: Path, value) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder such that no part of it stands under its name."""
-    if folder.exists():
-        gone = folder if folder.suffix == ".part" else folder.rename(f"{folder}.part")
+    """Remove a folder, and what is left of one, such that no part of it stands under its name."""
+    gone = folder.with_name(folder.name.removesuffix(".part") + ".part")
+    if gone.exists():
         shutil.rmtree(gone)
+    if folder.exists():
+        shutil.rmtree(folder.rename(gone))
 
 
 def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -627,6 +634,8 @@ def check_settings(config: Config) -> None:
     for name in ("epochs", "batch_questions", "pairs_per_question", "log_every"):
         if getattr(config, name) < 1:
             raise data.InputError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if config.save_every < 0:
+        raise data.InputError(f"--save_every {config.save_every}: must not be negative")
     if config.candidates < 2:
         raise data.InputError(f"--candidates {config.candidates}: Eq. 11 compares two or more")
     if not config.lr > 0 or not config.grad_clip >= 0 or not 0 <= config.warmup <= 1:
@@ -708,7 +717,7 @@ def describe(model, tokenizer, splits, trees, config: Config) -> str:
     return "\n".join([
         f"{config.model or 'embedded model'}: {parameters:,} parameters, all trained, "
         f"{config.dtype}{', bfloat16 autocast' * mixed}, on {dist.get_world_size()} x "
-        f"{weight.device.type}",
+        f"{weight.device.type}{', sharded' * config.shard}",
         f"{config.data} in {' '.join(config.langs)}: " +
         ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items()),
         f"{count_steps(len(splits['train']), config)} steps of {config.batch_questions} questions "
@@ -784,6 +793,7 @@ def main() -> None:
 
     gamma, (out, old) = rankc.gamma_matrix(config, say), on_first(choose_folder, config)
     if old and on_first((out / "metrics.json").exists):
+        on_first(remove, out / "checkpoint")
         return say(f"resume: {out} is whole, nothing is left to do")
     splits = rankc.read(config, say)
     if "train" not in splits:

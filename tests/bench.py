@@ -5,9 +5,13 @@ this program's packed prefix trees against the plain way, one padded row for eac
 with the logits of every token. Repetitions are interleaved; it prints medians, spreads, tokens and
 peak memory.
 
+`--memory` instead measures what a process needs in training, replicated (DDP) and sharded
+(`--shard`) over two processes, beside the formula of `need`; and prints how many GPUs of 40 and
+80 GB that formula asks for.
+
     bmlama  lengths as BMLAMA's in English and Spanish (4 to 17 tokens, answers 1 to 10); ten
-    answers to judge, two to train on mmmlu   300-token prompts, four letters to judge and two to
-    train on
+            answers to judge, two to train on
+    mmmlu   300-token prompts, four letters to judge and two to train on
 """
 
 import argparse
@@ -18,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -119,6 +124,116 @@ def peak(arguments, shape: str, stage: str, way: str) -> float:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+class Shape(NamedTuple):
+    """What a model's memory depends on."""
+
+    layers: int
+    d: int  # width
+    f: int  # feed-forward width
+    kv: int  # width of keys, and of values
+    V: int  # vocabulary
+    tied: bool  # whether the embeddings are the head
+
+    @property
+    def layer(self) -> int:
+        return 2 * self.d * (self.d + self.kv) + 3 * self.d * self.f
+
+    @property
+    def root(self) -> int:
+        return self.V * self.d * (1 if self.tied else 2)
+
+
+SHAPES = {
+    "SmolLM2 135M": Shape(30, 576, 1536, 192, 49152, True),
+    "Qwen2.5 3B": Shape(36, 2048, 11008, 256, 151936, True),
+    "Qwen2.5 7B": Shape(28, 3584, 18944, 512, 152064, False),
+    "Qwen2.5 14B": Shape(48, 5120, 13824, 1024, 152064, False),
+}
+
+
+def need(shape: Shape, processes: int, shard: bool, tokens: int, scored: int, size: int) -> int:
+    """Bytes of one process, with --gradient_checkpointing; `size` bytes a weight.
+
+    Weights, gradients and AdamW's two moments are 4 numbers a parameter. Sharded, a process holds
+    1 / processes of them, and whole, weights and gradients: of the embeddings and the head, and of
+    two layers, one at work and one on its way. Activations: a layer's input for each layer, one
+    layer at work, and logits, their exponentials and their gradient at the scored positions.
+    """
+    parameters = shape.layers * shape.layer + shape.root
+    states = 4 * size * parameters
+    if shard and processes > 1:
+        states = states // processes + 2 * size * (shape.root + 2 * shape.layer)
+    working = 8 * shape.d + 4 * shape.f
+    activations = 4 * tokens * (shape.layers * shape.d + working) + 12 * scored * shape.V
+    return states + activations
+
+
+def memory_of(arguments, way: str) -> None:
+    """Measure one process of two: GiB at most after its model is there; printed by the first."""
+    import torch.distributed as dist
+
+    import rankc
+    import train
+
+    device, rank, world = rankc.start(arguments.device)
+    model = make(arguments)
+    if way == "shard":
+        train.shard(model, device)
+    policy = train.replicate(model, [], True) if way == "replicate" and world > 1 else model
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    trees = questions("bmlama", "step", model.config.vocab_size)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        begun = resident("VmRSS") - 4 * sum(
+            getattr(w, "to_local", lambda w=w: w)().numel() for w in model.parameters()
+        )
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    for _ in range(3):
+        dco.completion_logps(policy, trees).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM") - begun
+    tokens = sum(tree.tokens() for tree in trees)
+    if rank == 0:
+        print(json.dumps([used / 2**30, tokens, sum(len(b) for t in trees for b in t.branches)]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def resident(name: str) -> int:
+    """Bytes that this process has in memory, or has had at most."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
+
+
+def share_out(arguments) -> None:
+    """Two processes measured; then GPUs by formula."""
+    shape = SHAPES["SmolLM2 135M"]
+    for processes, way in ((1, "replicate"), (2, "replicate"), (2, "shard")):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(processes), __file__, "--device", arguments.device]
+        done = subprocess.run([*command, "--memory-of", way], capture_output=True, text=True)
+        used, tokens, scored = json.loads(done.stdout.splitlines()[-1])
+        formula = need(shape, processes, way == "shard", tokens, scored, 4) / 2**30
+        print(
+            f"135M, {tokens} tokens a step, {way} over {processes}: {used:.2f} GiB a process at "
+            f"most, by formula {formula:.2f}",
+            flush=True,
+        )
+    print("\nGPUs by formula, --shard --gradient_checkpointing, 2048 tokens at once, all scored")
+    for name, shape in SHAPES.items():
+        counts = []
+        for size in (4, 2):
+            for room in (40, 80):
+                fits = [
+                    n for n in range(1, 65) if need(shape, n, True, 2048, 2048, size) < 0.9e9 * room
+                ]
+                counts.append(f"{'float32' if size == 4 else 'bfloat16'} {room} GB: {fits[0]}")
+        print(f"  {name:14} {'   '.join(counts)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -126,8 +241,14 @@ def main() -> None:
     parser.add_argument("--model", default="", help="folder of a causal language model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="memory of a process in training")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.memory_of:
+        return memory_of(arguments, arguments.memory_of)
+    if arguments.memory:
+        return share_out(arguments)
     model = make(arguments)
     if arguments.peak:
         shape, stage, way = arguments.peak

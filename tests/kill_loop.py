@@ -2,11 +2,11 @@
 
     python tests/kill_loop.py [--processes 2] [--kills 30] [-- settings of train.py]
 
-The run is the embedded default, with a checkpoint every 5 steps. Each life ends by SIGKILL at a
-random moment: half of them a random time after the start, whatever the run is at then, half a
-random number of steps after the newest line of its log. With more processes one of them is killed,
-at random, under a torchrun that restarts all; now and then the torchrun with them. After the last
-kill the run is left alone to end, and compared with one that was never disturbed.
+The run is the embedded default, with a checkpoint every 5 steps. Each life ends by SIGKILL after a
+random time, whatever the run is at then, or once it has taken a random number of steps, if that is
+sooner. With more processes one of them is killed, at random, under a torchrun that restarts all;
+now and then the torchrun with them. After the last kill the run is left alone to end, and compared
+with one that was never disturbed.
 """
 
 import argparse
@@ -86,13 +86,11 @@ def main() -> None:
                 running = launch(arguments.processes, out, arguments.settings, output)
                 launches += 1
             before, begun = (lines(out), stage(out, total)), time.monotonic()
-            if rng.random() < 0.5 or before[1] != "steps":  # a time
-                moment = rng.uniform(0, wait)
-                ready = lambda: time.monotonic() - begun > moment  # noqa: B023, E731
-            else:
-                goal = lines(out) + rng.randint(1, max(2, total // arguments.kills))
-                ready = lambda: lines(out) >= goal  # noqa: B023, E731
-            while not ready() and running.poll() is None:
+            moment = rng.uniform(0, wait)
+            goal = before[0] + rng.randint(1, max(2, 2 * total // arguments.kills))
+            while time.monotonic() - begun < moment and (lines(out) < goal or goal > total):
+                if running.poll() is not None:
+                    break
                 time.sleep(0.005)
             if running.poll() is not None:
                 assert running.returncode == 0, f"status {running.returncode}: {output.name}"
@@ -108,7 +106,7 @@ def main() -> None:
                 running.wait()
                 running = None
             # where nothing was gained, the next life is longer
-            wait = wait * 1.3 if (lines(out), stage(out, total)) == before else whole / 4
+            wait = 2 * wait if (lines(out), stage(out, total)) == before else whole / 4
         if running is None:
             running = launch(arguments.processes, out, arguments.settings, output)
             launches += 1

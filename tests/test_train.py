@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import assert_same, command, launch, tiny_llama, train
 
@@ -199,12 +200,41 @@ def test_markdown_is_for_a_comparison():
     assert "--markdown is for --compare" in launch("rankc.py", "--markdown", fails=True)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_together_train_what_one_process_trains(world, alone, processes):
+SPLITS = [
+    (1, "--shard"),
+    (2, "--max_tokens", 100),
+    (3, "--max_tokens", 100),
+    (3, "--max_tokens", 1),
+]
+SPLITS += [(2, "--shard", "--max_tokens", 60), (3, "--shard", "--gradient_checkpointing")]
+
+
+@pytest.mark.parametrize("processes, more", [(split[0], split[1:]) for split in SPLITS])
+def test_any_split_trains_what_one_process_trains_at_once(world, alone, tmp_path, processes, more):
     """Uneven shares included: 9 rows in a step, 3 in the last; several packs for each process."""
-    out = world / f"ranks{processes}"
-    train(world, out, "--max_tokens", 100, processes=processes)
-    assert_same(out, alone[0])
+    train(world, tmp_path / "out", *more, processes=processes)
+    assert_same(tmp_path / "out", alone[0])
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "out", alone[0]))
+    assert ours.keys() == theirs.keys()  # the same folder too
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_text() == (alone[0] / name).read_text()
+    ours, theirs = (
+        json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "out", alone[0])
+    )
+    assert ours["tokens"] == theirs["tokens"]
+
+
+def test_a_sharded_model_with_tied_embeddings_is_saved_as_a_whole_one_is(world, tmp_path):
+    """Its head once, as the embeddings."""
+    model = tiny_llama(len(load_file(world / "model" / "model.safetensors")["lm_head.weight"]),
+                       tie_word_embeddings=True)  # fmt: skip
+    shutil.copytree(world / "model", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    more = ("--model", tmp_path / "model", "--epochs", 2)
+    train(world, tmp_path / "whole", *more)
+    train(world, tmp_path / "shards", *more, "--shard", processes=2)
+    assert "lm_head.weight" not in load_file(tmp_path / "shards" / "model.safetensors")
+    assert_same(tmp_path / "shards", tmp_path / "whole", atol=1e-4)
 
 
 def test_a_process_without_a_row_does_not_disturb_the_others(world):
@@ -323,6 +353,8 @@ BAD = [
     (["--data", "mmmlu:some-org/some-data"], "some-org/some-data is no folder here, and the hub"),
     (["--candidates", "1"], "two or more"),
     (["--batch_questions", "0"], "at least 1"),
+    (["--save_every", "-1"], "--save_every -1: must not be negative"),
+    (["--timeout", "0"], "--timeout 0.0: must be positive"),
     (["--nonsense", "1"], "--nonsense"),
     (["--schedule", "stairs"], "invalid choice"),
     (["--score", "median"], "invalid choice"),
