@@ -552,7 +552,7 @@ def on_first(work: Callable, *arguments):
 
 @contextmanager
 def on_signals(handler: Callable):
-    """SIGTERM and Ctrl-C, as well as Ctrl-C can be told from it, call handler(number, frame)."""
+    """While it lasts, SIGTERM and Ctrl-C call handler(number, frame)."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -368,7 +368,8 @@ class Kept:
             state = json.loads(path.read_text())
             if state["content"] != self.content:
                 raise data.InputError(f"{path}: a checkpoint of another model, tokenizer or data")
-            if state["step"] != steps[-1] or not isinstance(state["tokens"], int):
+            if {state["step"], state["scheduler"]["last_epoch"]} != {steps[-1]} or not isinstance(
+                    state["tokens"], int):
                 raise ValueError(f"not of step {steps[-1]}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise data.InputError(f"{path} is damaged ({error!r}); remove {path.parent}, and "
@@ -412,8 +413,7 @@ class Kept:
             optimizer.state[weight] = {"step": step, **moments}
         for name, tensors in files(model, optimizer).items():
             path, found = self.folder / f"step-{state['step']}" / name, {}
-            on_first(lambda path, found, like: found.update(self.read(path, like)),
-                     path, found, tensors)
+            on_first(lambda: found.update(self.read(path, tensors)))
             for key, tensor in tensors.items():
                 full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
                 if found:
@@ -731,12 +731,12 @@ def open_log(path: Path, done: int):
     """log.jsonl on rank 0, with the lines of the steps that are done."""
     if dist.get_rank():
         return open(os.devnull, "w")
-    lines = path.read_text().splitlines() if done else []
-    file = open(path, "w")
-    for line in lines:
-        if line.endswith("}") and json.loads(line)["step"] <= done:
-            print(line, file=file, flush=True)
-    return file
+    lines = path.read_text().splitlines(keepends=True) if done else []
+    beside = path.with_name(path.name + ".part")
+    beside.write_text("".join(line for line in lines if line.endswith("}\n")
+                              and json.loads(line)["step"] <= done))
+    put(beside, path)
+    return open(path, "a")
 
 
 def save_model(model, tokenizer, out: Path) -> None:

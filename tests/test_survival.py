@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 import train as train_program
 from conftest import ROOT, assert_same, command, fork, launch, train, wait, weights
 
-LONG = ("--epochs", 12, "--save_every", 5)  # 36 steps
-SHORT = ("--epochs", 3, "--save_every", 3)  # 9 steps, 3 checkpoints
+FALLING = ("--schedule", "cosine", "--warmup", 0.2)  # so that a step that is lost would show
+LONG = ("--epochs", 12, "--save_every", 5, *FALLING)  # 36 steps
+SHORT = ("--epochs", 3, "--save_every", 3, *FALLING)  # 9 steps, 3 checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +265,7 @@ HARM = [
     ("step-*/state.json", emptied, "state.json is damaged"),
     ("step-*/state.json", text_of({"step": 3}), "state.json is damaged (ValueError('not of step"),
     ("step-*/state.json", text_of({"tokens": None}), "state.json is damaged"),
+    ("step-*/state.json", text_of({"scheduler": {}}), "state.json is damaged (KeyError('last_"),
     ("step-*/state.json", text_of({"content": "x"}), "a checkpoint of another model"),
     ("reference-test.safetensors", cut, "reference-test.safetensors is damaged"),
     ("reference-train.safetensors", foreign, "kept from another model, tokenizer or data"),
@@ -470,14 +472,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
-@pytest.mark.parametrize("free", [700_000, 350_000, 100_000])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes, free", [(1, 700_000), (2, 350_000), (1, 100_000)])
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
-    world, small_disk, undisturbed, free, processes
+    world, small_disk, undisturbed, processes, free
 ):
     """In the model, in the optimizer, in what is written of the second checkpoint."""
     out = small_disk / "out"
-    arguments = command(world, out, *LONG, "--resume")
+    arguments = command(world, out, *SHORT, "--resume")
     filler = small_disk / "filler"
     filler.write_bytes(bytes(2 * 2**20 - 600_000 - free))
     statuses, text = wait(fork("train.py", arguments, processes))
@@ -491,7 +492,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     filler.unlink()
     (statuses, text) = wait(fork("train.py", arguments, processes))
     assert not any(statuses), text
-    assert_equal(out, undisturbed(processes))
+    assert_equal(out, undisturbed(processes, *SHORT))
 
 
 def test_out_of_gpu_memory_says_which_setting_to_lower(world, tmp_path, monkeypatch):
