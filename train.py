@@ -518,10 +518,14 @@ def shard(model, device: torch.device) -> None:
 
 
 def fingerprint(model, splits: rankc.Splits, trees: dict[str, list[list[data.Tree]]]) -> str:
-    """A hash of what is computed with: the weights' bits, summed, the questions, their tokens."""
+    """A hash of what is computed with: the weights' bits, summed, the questions, their tokens.
+
+    And of the kind of device: on CUDA, autocast scores otherwise than a CPU did.
+    """
     found, sums, whole = hashlib.sha256(), [], True
     for name, weight in model.named_parameters():
-        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        kind = (name, tuple(weight.shape), weight.dtype, weight.device.type)
+        found.update(repr(kind).encode())
         whole = not isinstance(weight, DTensor)
         part = weight.detach() if whole else weight.detach().to_local()
         bits = part.contiguous().view({2: torch.int16, 4: torch.int32}[part.element_size()])
@@ -543,7 +547,8 @@ def begin(out: Path, config: Config, content: str, old: dict) -> Kept:
     def take():
         if old and old.get("content") != content:
             raise data.InputError(f"--resume: {out} was begun with another model, tokenizer or "
-                                  "data under the same names; name another --out")
+                                  "data under the same names, or on another kind of device; name "
+                                  "another --out")
         kept.folder.mkdir(parents=True, exist_ok=True)
         kept.lock.append(open(kept.folder / "lock", "w"))
         try:
