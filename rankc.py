@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -734,15 +734,16 @@ def main() -> None:
 def run(main: Callable, hint: str = "") -> None:
     """Run a command line, so that whatever ends it early has a message and an exit status.
 
-    2: bad input; 128 + the signal's number: stopped; 1: all else. What all processes know, one
-    tells; the rest is told by each with its rank. `hint` says how to go on.
+    2: bad input; 128 + the signal's number: stopped; 1: all else. What all processes know, one a
+    machine tells; the rest is told by each with its rank. `hint` says how to go on.
     """
     rank, status = os.environ.get("RANK", "0"), 1
     me = f"process {rank}: " if "RANK" in os.environ else ""
 
-    def tell(message, everyone=True):
-        if everyone or rank == "0":
-            print(me * everyone + message, file=sys.stderr, flush=True)
+    def tell(message, everyone=True):  # else once a machine: not all need to see the same files
+        if everyone or os.environ.get("LOCAL_RANK", "0") == "0":
+            with suppress(OSError):
+                print(me * (everyone or rank != "0") + message, file=sys.stderr, flush=True)
 
     def stop(number, _):
         nonlocal status
@@ -774,7 +775,7 @@ def run(main: Callable, hint: str = "") -> None:
              f"{str(error).splitlines()[0]}")
     finally:
         gc.collect()  # what still holds the group, as DDP may, goes before it
-        if dist.is_initialized() and (status != 1 or dist.get_backend() == "gloo"):
+        if dist.is_initialized() and (status == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()  # NCCL would wait for what failed
     if status:
         sys.exit(status)

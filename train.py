@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
@@ -328,7 +328,6 @@ def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
 # What may change where a run is resumed: it moves nothing but rounding.
 FREE = {"out", "resume", "save_every", "log_every", "max_tokens", "gradient_checkpointing", "shard",
         "device", "timeout"}
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
 
 
 @dataclass(frozen=True)
@@ -368,8 +367,9 @@ class Kept:
             state = json.loads(path.read_text())
             if state["content"] != self.content:
                 raise data.InputError(f"{path}: a checkpoint of another model, tokenizer or data")
-            if {state["step"], state["scheduler"]["last_epoch"]} != {steps[-1]} or not isinstance(
-                    state["tokens"], int):
+            numbers = {state["step"], state["scheduler"]["last_epoch"]}
+            kinds = [type(state[name]) for name in ("tokens", "trained")]
+            if numbers != {steps[-1]} or kinds != [int, list]:
                 raise ValueError(f"not of step {steps[-1]}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise data.InputError(f"{path} is damaged ({error!r}); remove {path.parent}, and "
@@ -378,18 +378,19 @@ class Kept:
 
     def read(self, path: Path, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of a file, which must be named and shaped `like` these."""
+        place = path if path.parent == self.folder else path.parent
         try:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("content") != self.content:
                     raise data.InputError(f"{path}: kept from another model, tokenizer or data")
                 found = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise data.InputError(f"{path} is damaged ({error}); remove it, or the step-N it is in,"
-                                  " and --resume does without") from error
+            raise data.InputError(f"{path} is damaged ({error}); remove {place}, and --resume does "
+                                  "without") from error
         if like is not None and ({name: tensor.shape for name, tensor in found.items()} !=
                                  {name: tensor.shape for name, tensor in like.items()}):
-            raise data.InputError(f"{path}: other tensors than this model has; remove the step-N "
-                                  "it is in, and --resume does without")
+            raise data.InputError(f"{path}: other tensors than this model has; remove {place}, and "
+                                  "--resume does without")
         return found
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -407,10 +408,11 @@ class Kept:
         """Put the newest checkpoint in place; what it says of itself, {} where there is none."""
         if not (state := on_first(self.state)):
             return {}
-        for weight in model.parameters():
-            step = torch.tensor(float(state["step"]), device=weight.device)
-            moments = {kind: torch.zeros_like(weight) for kind in MOMENTS}
-            optimizer.state[weight] = {"step": step, **moments}
+        for name, weight in model.named_parameters():
+            if name in state["trained"]:  # as AdamW makes its state, for weights that get gradients
+                optimizer.state[weight] = {
+                    "step": torch.tensor(0.0, device=weight.device),
+                    "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         for name, tensors in files(model, optimizer).items():
             path, found = self.folder / f"step-{state['step']}" / name, {}
             on_first(lambda: found.update(self.read(path, tensors)))
@@ -431,16 +433,16 @@ class Kept:
         """Write a checkpoint beside the others, then keep the last two. Raises Halt if it fails."""
         path = self.folder / f"step-{state['step']}"
         beside = path.with_name(path.name + ".part")
-        state = {**state, "scheduler": scheduler.state_dict(), "content": self.content}
+        trained = [name for name, w in model.named_parameters() if optimizer.state.get(w)]
+        state = {**state, "scheduler": scheduler.state_dict(), "content": self.content,
+                 "trained": trained}
 
         def finish():
             (beside / "state.json").write_text(json.dumps(state))  # last
             put(beside, path)
-            for step in self.steps()[:-2]:
-                remove(self.folder / f"step-{step}")
 
         try:
-            on_first(lambda: (remove(beside), beside.mkdir()))
+            on_first(lambda: (remove(path), beside.mkdir()))
             for name, tensors in files(model, optimizer).items():
                 on_first(self.write, beside / name, gather(tensors))
             on_first(finish)
@@ -450,14 +452,15 @@ class Kept:
             raise Halt(f"error: step {state['step']} could not be saved: {error}. " + (
                 f"The checkpoint of step {older[-1]} is whole" if older else
                 "There is no checkpoint before it")) from error
+        on_first(lambda: [remove(self.folder / f"step-{step}") for step in self.steps()[:-2]])
 
 
 def files(model, optimizer) -> dict[str, dict[str, Tensor]]:
     """The files of a checkpoint, and the tensors in each."""
     weights = dict(model.named_parameters())
     return {"model.safetensors": weights, "optimizer.safetensors": {
-        f"{name}/{kind}": optimizer.state[weight][kind] for name, weight in weights.items()
-        for kind in MOMENTS}}
+        f"{name}/{kind}": value for name, weight in weights.items()
+        for kind, value in optimizer.state.get(weight, {}).items()}}
 
 
 def put(beside: Path, path: Path) -> None:
@@ -542,7 +545,11 @@ def fingerprint(model, splits: rankc.Splits, trees: dict[str, list[list[data.Tre
 
 def begin(out: Path, config: Config, content: str, old: dict) -> Kept:
     """Make the folder of a run, or go on in it; `old` is what its run.json said."""
-    kept = Kept(out / "checkpoint", content)
+    kept, contents = Kept(out / "checkpoint", content), [None] * dist.get_world_size()
+    dist.all_gather_object(contents, content)
+    if len(set(contents)) > 1:
+        raise data.InputError("the processes see different models, tokenizers or data: are the "
+                              "folders the same on every machine?")
 
     def take():
         if old and old.get("content") != content:
@@ -557,6 +564,12 @@ def begin(out: Path, config: Config, content: str, old: dict) -> Kept:
             raise data.InputError(f"{out}: another process is at work in it") from None
         except OSError:
             pass  # a disk without locks
+        path = out / "run.json"
+        now = json.loads(path.read_text()) if path.exists() else {}
+        if now != old or (out / "metrics.json").exists():
+            raise data.InputError(f"{out}: another process was at work in it; try again")
+        for part in kept.folder.glob("*.part"):  # of a life that ended while it wrote or removed
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
         resumed = {"resumed": [*old.get("resumed", []), *kept.steps()[-1:]]} if old else {}
         put_json(out / "run.json", {**settings(config), "out": str(out), **environment(),
                                     "content": content, **resumed})
@@ -674,22 +687,24 @@ def choose_folder(config: Config) -> tuple[Path, dict]:
         out = Path(config.out)
         if not config.resume:
             return rankc.new_folder(config.out), {}
-        early = ("checkpoint", "run.json.part")  # all there is if it was killed before its run.json
-        if not out.exists() or out.is_dir() and all(p.name in early for p in out.iterdir()):
+        early = {"checkpoint", "checkpoint/lock", "run.json.part"}  # killed before its run.json
+        if not out.exists() or out.is_dir() and early.issuperset(
+                path.relative_to(out).as_posix() for path in out.rglob("*")):
             return out, {}
         old, differ = begun(out)
         if differ:
             raise data.InputError(f"--resume: {out} was begun with other settings: "
                                   f"{'; '.join(differ)}. Give those, or another --out")
         return out, old
+    last = None
     for out in (Path("runs", str(n)) for n in count(1)):
         if not out.exists():
-            return out, {}
+            return last or (out, {})
         unfinished = (out / "run.json").is_file() and not (out / "metrics.json").exists()
         if config.resume and unfinished:
             old, differ = begun(out)
             if not differ:
-                return out, old
+                last = out, old
 
 
 def environment() -> dict:
@@ -732,16 +747,13 @@ def describe(model, tokenizer, splits, trees, config: Config) -> str:
           for lang, tree in zip(config.langs[:2], trees["train"][0], strict=False))])
 
 
-def open_log(path: Path, done: int):
-    """log.jsonl on rank 0, with the lines of the steps that are done."""
-    if dist.get_rank():
-        return open(os.devnull, "w")
+def trim_log(path: Path, done: int) -> None:
+    """Leave in log.jsonl the lines of the steps that are done."""
     lines = path.read_text().splitlines(keepends=True) if done else []
     beside = path.with_name(path.name + ".part")
     beside.write_text("".join(line for line in lines if line.endswith("}\n")
                               and json.loads(line)["step"] <= done))
     put(beside, path)
-    return open(path, "a")
 
 
 def save_model(model, tokenizer, out: Path) -> None:
@@ -856,14 +868,22 @@ def main() -> None:
 
     def heed(number, _):
         signals.append(number)
-        say(f"{signal.Signals(number).name}: finishing the step, then saving")
+        with suppress(OSError):  # Ctrl-C may have closed what stands behind a pipe
+            os.write(2, b"finishing the step, then saving\n" * (rank == 0))
 
-    with stage("train"), open_log(out / "log.jsonl", done) as file, rankc.on_signals(heed):
+    on_first(trim_log, out / "log.jsonl", done)
+    with (stage("train"), rankc.on_signals(heed),
+          open(os.devnull if rank else out / "log.jsonl", "a") as file):
         steps = draw([splits["train"][q] for q in used], [trees["train"][q] for q in used],
                      sums["train"][:, used], gamma, config)
         tokens = optimise(model, steps, total, config, packed,
                           lambda line: print(json.dumps(line), file=file, flush=True),
                           kept, signals)
+    late = [None] * dist.get_world_size()
+    dist.all_gather_object(late, max(signals, default=0))
+    if max(late) and config.save_every:  # it came while the last step was saved
+        raise Halt(f"stopped by {signal.Signals(max(late)).name}: all {total} steps are saved",
+                   128 + max(late))
     save_model(model, tokenizer, out)
     with stage("evaluate"):
         tables["trained"] = judge("evaluate", asked, f"step-{total}/")
@@ -871,13 +891,16 @@ def main() -> None:
     last = list(splits)[-1]
     say(f"\nanswers that changed in {last}, the first few questions:")
     say(changes(splits[last], base[last], tables["trained"][last], langs) or "  none")
-    if rank == 0:
-        metrics |= {"seconds": seconds, "tokens": {"train": tokens}}
+
+    def finish():
+        metrics.update({"seconds": seconds, "tokens": {"train": tokens}})
         del tables["optimum"]  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
         rankc.draw_clc(out / "clc.png", metrics[last]["base"], metrics[last]["trained"], langs)
         put_json(out / "metrics.json", metrics)  # last: the run is whole
         remove(kept.folder)
+
+    on_first(finish)
     spent = ", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items())
     say(f"\n{spent}; wrote {out}")
 

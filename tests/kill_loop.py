@@ -32,7 +32,7 @@ def launch(processes: int, out: Path, settings: list[str], output) -> subprocess
         start += ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "1000"]
         start += ["--nproc_per_node", str(processes)]
     command = [*start, str(TRAIN), "--out", str(out), "--save_every", "5", "--resume", *settings]
-    # sessions of their own, so that all that a launch started can be killed together
+    # a session of its own: Ctrl-C is for this script, which then leaves the run to itself
     return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
 
 

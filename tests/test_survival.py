@@ -115,7 +115,7 @@ def test_killed_in_the_steps_it_goes_on_from_the_newest_checkpoint(
         assert "Traceback" not in text and ("lost the other processes" in text or processes == 1)
         assert len(steps(out)) == min(2, lines(out) // 5)
     statuses, text = wait(fork("train.py", arguments, processes))
-    assert not any(statuses) and f"{out}, from step 15 of 36" in text or "step 20" in text, text
+    assert not any(statuses) and f"resume: {out}, from step " in text, text
     assert_equal(out, wanted)
 
 
@@ -223,10 +223,12 @@ def test_another_number_of_processes_and_sharding_go_on_with_a_checkpoint(
 ):
     out, arguments = stopped
     shutil.copytree(out, out.with_name("shard"))
-    wait(fork("train.py", [*arguments, "--max_tokens", 50], 3))
+    statuses, text = wait(fork("train.py", [*arguments, "--max_tokens", 50], 3))
+    assert not any(statuses) and f"resume: {out}, from step" in text, text
     assert_same(out, undisturbed(), atol=2e-4)
     arguments = command(world, out.with_name("shard"), *LONG, "--resume", "--shard")
-    wait(fork("train.py", arguments, 2))
+    statuses, text = wait(fork("train.py", arguments, 2))
+    assert not any(statuses) and "shard, from step" in text, text
     assert_same(out.with_name("shard"), undisturbed(), atol=2e-4)
 
 
@@ -287,6 +289,51 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(stopped, undisturbed, file
         shutil.rmtree(path.parent)
         launch("train.py", *arguments)
         assert_equal(out, undisturbed())
+
+
+def test_a_folder_of_someone_elses_is_neither_taken_for_a_run_nor_removed(world, tmp_path):
+    precious = tmp_path / "out" / "checkpoint" / "precious"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("weights")
+    text = train(world, tmp_path / "out", "--resume", fails=True)
+    assert "is no run of this train.py" in text and precious.read_text() == "weights"
+
+
+def test_what_a_life_left_half_removed_or_half_written_is_no_hindrance(stopped, undisturbed):
+    out, arguments = stopped
+    for number in range(max(steps(out)) + 5, 40, 5):
+        for name in (f"step-{number}", f"step-{number}.part"):
+            (out / "checkpoint" / name).mkdir()
+            (out / "checkpoint" / name / "model.safetensors").write_text("half")
+    (out / "checkpoint" / "reference-test.safetensors.part").write_text("half")
+    launch("train.py", *arguments)
+    assert_equal(out, undisturbed())
+
+
+def freeze():
+    """Leave a weight without gradient, as the vision part of a model is that reads text alone."""
+    import rankc
+
+    load = rankc.load_model
+
+    def frozen(*arguments):
+        model, tokenizer = load(*arguments)
+        model.model.norm.weight.requires_grad_(False)
+        return model, tokenizer
+
+    rankc.load_model = frozen
+
+
+def test_a_weight_that_is_not_trained_does_not_keep_a_run_from_resuming(world, tmp_path):
+    calm, out = tmp_path / "calm", tmp_path / "out"
+    assert wait(fork("train.py", command(world, calm, *LONG), before=freeze))[0] == [0]
+    started = fork("train.py", command(world, out, *LONG), before=freeze)
+    until(lambda: lines(out) >= 7)
+    started[0][0].kill()
+    wait(started)
+    statuses, text = wait(fork("train.py", command(world, out, *LONG, "--resume"), before=freeze))
+    assert statuses == [0] and "from step" in text, text
+    assert_equal(out, calm)
 
 
 def test_other_settings_are_refused_with_what_differs(stopped):
@@ -382,7 +429,7 @@ def test_workers_do_not_outlive_a_torchrun_that_is_killed(world, tmp_path):
     out = tmp_path / "out"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     running = subprocess.Popen(
-        [*start, ROOT / "train.py", *command(world, out, "--epochs", 5000)],
+        [*start, ROOT / "train.py", *command(world, out, "--epochs", 5000, "--save_every", 0)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -483,7 +530,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     filler.write_bytes(bytes(2 * 2**20 - 600_000 - free))
     statuses, text = wait(fork("train.py", arguments, processes))
     assert statuses == [1] * processes and "Traceback" not in text, text
-    assert "could not be saved: " in text and "No space left" in text or "os error 28" in text
+    assert "could not be saved: " in text and ("No space left" in text or "os error 28" in text)
     assert not [*out.rglob("*.part")]
     if done := steps(out):
         assert f"The checkpoint of step {done[-1]} is whole; the same command with" in text
