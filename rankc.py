@@ -509,10 +509,15 @@ def start(device: str, timeout: float = 60.0) -> tuple[torch.device, int, int]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     disable_progress_bar()  # transformers' own: one bar at a time
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device == "cuda" else "gloo",
-                            timeout=timedelta(minutes=timeout),
-                            **({} if "WORLD_SIZE" in os.environ else alone))
+    wait = timedelta(minutes=timeout)
+    store, rank, world = dist.HashStore(), 0, 1
+    if "WORLD_SIZE" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        # a restarted worker must not be sent to where one of the life before listened
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"life-{life}", store)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=wait, store=store,
+                            rank=rank, world_size=world)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave its workers behind
         threading.Thread(target=leave_with, args=[os.getppid()], daemon=True).start()
     return torch.device(device), dist.get_rank(), dist.get_world_size()
