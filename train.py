@@ -473,6 +473,7 @@ def put(beside: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
+    """Have the disk, not its cache, hold a file, or the names in a folder."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -480,9 +481,10 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-def put_json(path: Path, value) -> None:
+def put_text(path: Path, text: str) -> None:
+    """Write a file that is there whole, or as it was before."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(value, indent=1))
+    beside.write_text(text)
     put(beside, path)
 
 
@@ -571,8 +573,8 @@ def begin(out: Path, config: Config, content: str, old: dict) -> Kept:
         for part in kept.folder.glob("*.part"):  # of a life that ended while it wrote or removed
             shutil.rmtree(part) if part.is_dir() else part.unlink()
         resumed = {"resumed": [*old.get("resumed", []), *kept.steps()[-1:]]} if old else {}
-        put_json(out / "run.json", {**settings(config), "out": str(out), **environment(),
-                                    "content": content, **resumed})
+        told = {**settings(config), "out": str(out), **environment(), "content": content, **resumed}
+        put_text(path, json.dumps(told, indent=1))
 
     on_first(take)
     return kept
@@ -750,10 +752,8 @@ def describe(model, tokenizer, splits, trees, config: Config) -> str:
 def trim_log(path: Path, done: int) -> None:
     """Leave in log.jsonl the lines of the steps that are done."""
     lines = path.read_text().splitlines(keepends=True) if done else []
-    beside = path.with_name(path.name + ".part")
-    beside.write_text("".join(line for line in lines if line.endswith("}\n")
-                              and json.loads(line)["step"] <= done))
-    put(beside, path)
+    put_text(path, "".join(line for line in lines if line.endswith("}\n")
+                           and json.loads(line)["step"] <= done))
 
 
 def save_model(model, tokenizer, out: Path) -> None:
@@ -897,7 +897,7 @@ def main() -> None:
         del tables["optimum"]  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
         rankc.draw_clc(out / "clc.png", metrics[last]["base"], metrics[last]["trained"], langs)
-        put_json(out / "metrics.json", metrics)  # last: the run is whole
+        put_text(out / "metrics.json", json.dumps(metrics, indent=1))  # last: the run is whole
         remove(kept.folder)
 
     on_first(finish)
