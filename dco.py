@@ -11,6 +11,7 @@ product of theirs.
 """
 import heapq
 from collections.abc import Sequence
+from itertools import count, repeat
 
 import torch
 import torch.nn.functional as F
@@ -143,23 +144,26 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
     if not packed:
         units = [(tree, [answer]) for tree, answers in units for answer in answers]
 
-    fed, scored, sizes = [], [], []
-    for u, (tree, answers) in enumerate(units):
+    # Tokens are numbered such that what descends from the n-th are those up to until[n].
+    fed, until, scored, sizes = [], [], [], []
+    for tree, answers in units:
         root = len(fed)
-        fed += [(token, depth, u, -1) for depth, token in enumerate(tree.prefix)]
+        fed += zip(tree.prefix, count())
+        stem = len(fed)
         for slot, branch in answers:  # slot: where this answer's log-prob goes in the flat result
-            parents = [root + len(tree.prefix) - 1, *range(len(fed), len(fed) + len(branch) - 1)]
-            own = enumerate(branch[:-1], len(tree.prefix))
-            fed += [(token, depth, u, slot) for depth, token in own]
-            scored += [(parent, token, slot) for parent, token in zip(parents, branch)][tree.lead:]
+            parents = [stem - 1, *range(len(fed), len(fed) + len(branch) - 1)]
+            scored += [*zip(parents, branch, repeat(slot))][tree.lead:]
+            fed += zip(branch[:-1], count(len(tree.prefix)))
+            until += [len(fed)] * (len(branch) - 1)
+        until[root:root] = [len(fed)] * len(tree.prefix)
         sizes.append(len(fed) - root)
-    token, depth, unit, owner = torch.tensor(fed).T  # (N,) each; owner -1: shared by all answers
+    token, depth = torch.tensor(fed).T  # (N,) each
     parent, target, slot = torch.tensor(scored).T  # (S,) each; `parent` predicts `target`
 
     # A model computes logits for the same columns of every row. Under an explicit mask the order
     # within a row is free, so the tokens that predict something come first.
-    rows = spread(sizes, config.hidden_size) if packed else list(range(len(units)))
-    row, later = torch.tensor(rows)[unit], torch.ones_like(unit)
+    rows = torch.tensor(spread(sizes, config.hidden_size) if packed else range(len(units)))
+    row, later = rows.repeat_interleave(torch.tensor(sizes)), torch.ones_like(token)
     later[parent] = 0
     order = (2 * row + later * packed).argsort(stable=True)
     length = row.bincount()  # tokens in each row
@@ -171,15 +175,13 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
         out[row, column] = values
         return out.to(weight.device)
 
-    unit, owner, depth = grid(unit, -1), grid(owner, -1), grid(depth, 0)
+    number, depth = grid(torch.arange(len(token)), -1), grid(depth, 0)
+    mask = (number >= 0).long()
     if packed:
-        same = owner[:, :, None] == owner[:, None, :]  # (rows, columns, columns): query, key
-        sees = (unit[:, :, None] == unit[:, None, :]) & (same | (owner[:, None, :] == -1))
-        sees &= depth[:, None, :] <= depth[:, :, None]
-        mask = torch.zeros(sees.shape, dtype=weight.dtype, device=weight.device)  # a bool one fails
-        mask = mask.masked_fill_(~sees, torch.finfo(weight.dtype).min)[:, None]  # under `eager`
-    else:
-        mask = (unit >= 0).long()
+        end = grid(torch.tensor(until), 0)
+        sees = number[:, None, :] <= number[:, :, None]  # (rows, columns, columns): query, key
+        sees &= number[:, :, None] < end[:, None, :]
+        mask = attention_masks(config, sees, depth, weight.dtype)
 
     keep, where = column[parent].unique(return_inverse=True)
     logits = model(input_ids=grid(token, 0), attention_mask=mask, position_ids=depth,
@@ -189,6 +191,24 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
     total = logps.new_zeros(len(trees) * K).index_add(0, slot, logps)
     missing = torch.ones_like(total, dtype=torch.bool).index_fill_(0, slot, False)
     return total.masked_fill(missing, -torch.inf).view(len(trees), K)
+
+
+def attention_masks(config, sees: Tensor, depth: Tensor, dtype: torch.dtype):
+    """What `sees` allows, as a model takes it: 0 or the lowest number, added to attention scores.
+
+    sees: (rows, columns, columns) bool, query by key; depth: (rows, columns). A bool mask would
+    fail under `eager`. Layers with a sliding window see no further back than it; where a model
+    mixes kinds of layers (Gemma 2 and 3, Cohere2) it takes a mask for each kind.
+    """
+    def added(allowed):
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window or kinds and "sliding_attention" not in kinds:
+        return added(sees)
+    near = added(sees & (depth[:, :, None] - depth[:, None, :] < window))
+    return {"full_attention": added(sees), "sliding_attention": near} if kinds else near
 
 
 def spread(sizes: Sequence[int], hidden_size: int) -> list[int]:

@@ -29,13 +29,25 @@ FAMILIES = {
     "gemma3_text": {**SMALL, "head_dim": 8, "sliding_window": 64},
     "gpt2": {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4},
 }
+WINDOWED = {  # a window of 6, which the trees exceed; in all layers, or in one of two
+    "mistral": {},
+    "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "ministral": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {"logit_scale": 1.0, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"head_dim": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "gpt_oss": {"head_dim": 8},
+}
+EAGER_ONLY = ("gemma2", "gpt_oss")  # by transformers' own word
 
 
-def tiny(family: str, attention: str):
+def tiny(family: str, attention: str, **settings):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **FAMILIES.get(family, SMALL))
+    config = AutoConfig.for_model(family, **{**FAMILIES.get(family, SMALL), **settings})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for weight in model.parameters():  # far from uniform, so that a token in the wrong place shows
         if weight.ndim > 1:
@@ -105,10 +117,26 @@ def test_a_model_that_refuses_the_mask_falls_back_to_separate_rows():
         torch.testing.assert_close(apart[t, : len(row)], torch.stack(row), rtol=1e-4, atol=1e-4)
 
 
-def test_questions_longer_than_a_sliding_window_are_found_out(monkeypatch):
-    for window, packs in ((6, False), (64, True)):
-        monkeypatch.setitem(FAMILIES, "mistral", {**SMALL, "sliding_window": window})
-        assert dco.packs_exactly(tiny("mistral", "sdpa"), some_trees(1)) == packs
+@pytest.mark.parametrize(
+    "family, attention",
+    [(f, a) for f in WINDOWED for a in ("sdpa", "eager") if a == "eager" or f not in EAGER_ONLY],
+)
+def test_packed_trees_are_exact_beyond_a_sliding_window(family, attention):
+    model, trees = tiny(family, attention, sliding_window=6, **WINDOWED[family]), some_trees(1)
+    with torch.no_grad():
+        packed, plain = dco.completion_logps(model, trees), one_by_one(model, trees)
+        wide = one_by_one(tiny(family, attention, sliding_window=64, **WINDOWED[family]), trees)
+    apart = 0.0
+    for t, row in enumerate(plain):
+        torch.testing.assert_close(packed[t, : len(row)], torch.stack(row), rtol=1e-4, atol=1e-4)
+        apart = max(apart, float((torch.stack(wide[t]) - torch.stack(row)).abs().max()))
+    assert apart > 0.1  # the window counts, or this would show nothing
+    assert dco.packs_exactly(model, trees)
+
+
+def test_a_window_in_the_config_that_the_model_does_not_use_is_found_out():
+    assert not dco.packs_exactly(tiny("llama", "sdpa", sliding_window=6), some_trees(1))
+    assert dco.packs_exactly(tiny("llama", "sdpa", sliding_window=64), some_trees(1))
 
 
 def test_a_model_that_ignores_the_mask_is_found_out():
