@@ -4,6 +4,7 @@ Covers the measures of sections 5, 6.4 and 6.5 and App. I, and the forecast that
 before a step is taken. Leaves out training (train.py). A score table is (L, Q, K): languages,
 questions, candidates; a question with fewer than K has -inf in the places left, in every language.
 """
+import ctypes
 import gc
 import json
 import math
@@ -509,6 +510,8 @@ def start(device: str, timeout: float = 60.0) -> tuple[torch.device, int, int]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     disable_progress_bar()  # transformers' own: one bar at a time
+    if device == "cpu":
+        reuse_memory()
     wait = timedelta(minutes=timeout)
     store, rank, world = dist.HashStore(), 0, 1
     if "WORLD_SIZE" in os.environ:
@@ -521,6 +524,14 @@ def start(device: str, timeout: float = 60.0) -> tuple[torch.device, int, int]:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave its workers behind
         threading.Thread(target=leave_with, args=[os.getppid()], daemon=True).start()
     return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def reuse_memory() -> None:
+    """Have glibc keep what torch frees: else each step's gradients are new pages, a third of it."""
+    with suppress(AttributeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is not given back
 
 
 def leave_with(parent: int) -> None:
@@ -662,15 +673,16 @@ def score(model, trees: list[list[data.Tree]], config: EvalConfig, desc: str, pa
     rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
     groups, mine = data.batches(flat, config.max_tokens, packed), []
     K = max(len(tree.branches) for tree in flat)
-    out = torch.full((len(flat), K), torch.nan)
+    out = torch.full((len(flat), K), torch.nan, device=device)
     rounds = range(rank, -(-len(groups) // world) * world, world)  # FSDP: as many for every process
     for n in progress(rounds, desc, len(rounds)):
         group = groups[min(n, len(groups) - 1)]
         with autocast(config, device):
-            logps = dco.completion_logps(model, [flat[i] for i in group], packed).cpu()
+            logps = dco.completion_logps(model, [flat[i] for i in group], packed)
         if n < len(groups):
             out[group] = torch.nn.functional.pad(logps, (0, K - logps.shape[1]), value=-torch.inf)
             mine += group
+    out = out.cpu()  # only here does the host wait for a GPU
     rest(model)
     parts = [None] * world
     dist.all_gather_object(parts, (mine, out[mine]))

@@ -237,11 +237,11 @@ def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, pac
                 scored.append((b, losses.detach()))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or torch.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        sound = all(bool(part.isfinite().all()) for part in (norm, *(loss for _, loss in scored)))
-        flags = torch.tensor([max(signals, default=0), not sound], device=device)
+        bad = torch.stack([~part.isfinite().all() for part in (norm, *(part for _, part in scored))])
+        flags = torch.stack([torch.tensor(max(signals, default=0), device=device), bad.any().long()])
         if world > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # all stop at the same step
-        number, unsound = flags.tolist()
+        number, unsound = flags.tolist()  # the host waits for a GPU here, once a step
         if unsound:
             raise Halt(diverged(step, items, scored))
         rate = scheduler.get_last_lr()[0]
@@ -277,8 +277,14 @@ def replicate(model, before: Sequence[list[Item]], packed: bool) -> DistributedD
 
 def micro_batches(items: list[Item], config: Config, packed: bool, rank: int, world: int
                   ) -> list[list[tuple[int, int]]]:
-    """What a process feeds of a step, at once: rows (item, language), of which each is a term."""
-    rows = [(b, i) for b, item in enumerate(items) for i in item.used][rank::world]
+    """What a process feeds of a step, at once: rows (item, language), of which each is a term.
+
+    Rows are dealt longest first, there and back, so that no process waits long for another.
+    """
+    rows = [(b, i) for b, item in enumerate(items) for i in item.used]
+    rows.sort(key=lambda row: -items[row[0]].trees[row[1]].tokens(packed))
+    turns = [*range(world), *reversed(range(world))]
+    rows = [row for n, row in enumerate(rows) if turns[n % len(turns)] == rank]
     groups = data.batches([items[b].trees[i] for b, i in rows], config.max_tokens, packed)
     return [[rows[g] for g in group] for group in groups]
 
@@ -301,6 +307,7 @@ def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
     """What the log shows of a step's (B, L, K) tables; margins are of the first two answers."""
     if dist.get_world_size() > 1:
         dist.all_reduce(logps, op=dist.ReduceOp.MAX)  # -inf but where a process has scored
+    logps, ref, r_align = logps.cpu(), ref.cpu(), r_align.cpu()
     used = logps[..., 0].isfinite()  # (B, L)
     losses = term(logps, ref, r_align, config).masked_fill(~used, 0.0)
     mean = losses.sum(0) / used.sum(0).clamp(min=1)  # (L,)
