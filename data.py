@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class InputError(ValueError):
     """Input that cannot be used; the message names the file and line, or the question."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Question:
     """A parallel question: answers[lang][k] is the same answer in every language.
 
@@ -62,11 +63,8 @@ def load(spec: str, langs: list[str], say: Callable[[str], None] = print) -> lis
         Path(place).exists()
     except OSError as error:  # a name too long, a folder that may not be entered
         raise InputError(f"--data {spec}: {error.strerror}") from error
-    questions, lines = [], {}
+    questions = []
     for where, question in LOADERS[kind](place, list(langs), say):
-        if question.id in lines:
-            raise InputError(f"{where}: id {question.id!r} stands at {lines[question.id]} already")
-        lines[question.id] = where
         check(question, langs, where)
         questions.append(question)
     if not questions:
@@ -446,7 +444,9 @@ def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def load_jsonl(place: str, langs: list[str], say) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
-    for where, fields in json_lines(Path(place)):
+    path, lines = Path(place), {}
+    same = lru_cache(2**16)(str)  # answers come again and again; each is kept once
+    for number, (where, fields) in enumerate(json_lines(path), 1):
         wanted = {"id": (str, int), "subject": str, "gold": (int, type(None)), "prompts": dict,
                   "answers": dict}
         given = {"subject": "", "gold": None, **fields} if isinstance(fields, dict) else {}
@@ -466,8 +466,11 @@ def load_jsonl(place: str, langs: list[str], say) -> Loaded:
         if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts)
                    for texts in answers.values()):
             raise InputError(f"{where}: answers must hold a list of strings for each language")
-        answers = {lang: tuple(texts) for lang, texts in answers.items()}
-        yield where, Question(str(given["id"]), given["subject"], given["gold"], prompts, answers)
+        id, subject = str(given["id"]), same(given["subject"])
+        answers = {lang: tuple(map(same, texts)) for lang, texts in answers.items()}
+        if (first := lines.setdefault(id, number)) < number:
+            raise InputError(f"{where}: id {id!r} stands at {path}, line {first} already")
+        yield where, Question(id, subject, given["gold"], prompts, answers)
 
 
 LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu, "xcsqa": load_xcsqa,
@@ -541,6 +544,9 @@ def encode(tokenizer, questions: list[Question], langs: list[str], context: int 
     exact. `whole` scores the prompt too. Raises InputError for a text longer than `context` tokens
     or without a token to predict the answer from.
     """
+    if len(questions) > (some := 256):  # a tokenizer's own lists are ten times what is kept
+        return [trees for first in range(0, len(questions), some) for trees in
+                encode(tokenizer, questions[first:first + some], langs, context, whole)]
     bos = tokenizer.bos_token_id
     bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     texts, blanks = [], []

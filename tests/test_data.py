@@ -4,6 +4,7 @@ import csv
 import fnmatch
 import json
 import tarfile
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -498,6 +499,36 @@ def questions_with(n, langs=("en",), K=5):
         )
         for i in range(n)
     ]
+
+
+def test_memory_is_a_bounded_part_for_each_question_and_splitting_copies_none(tmp_path):
+    alphabets = {"en": "abcdef", "es": "áéíóúñ", "ru": "абвгде", "ja": "アイウエオカ"}
+
+    def line(n):
+        each = alphabets.items()
+        prompts = {lang: f"{(letters * 8)[:45]} {n:04}" for lang, letters in each}
+        answers = {lang: [f" {text} {n * k % 97}" for k in range(1, 5)] for lang, text in each}
+        return {"id": f"q{n}", "subject": f"{n % 7}", "prompts": prompts, "answers": answers}
+
+    def bytes_each(n):
+        spec = jsonl(tmp_path, *map(line, range(n)))
+        tracemalloc.start()
+        try:
+            questions = data.load(spec, list(alphabets))
+            loaded, _ = tracemalloc.get_traced_memory()
+            parts = data.split(questions, n // 2, n // 4, 0)
+            both, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert {id(q) for part in parts for q in part} < {id(q) for q in questions}
+        assert not hasattr(questions[0], "__dict__")
+        return loaded / n, (both - loaded) / n, (peak - loaded) / n
+
+    bytes_each(10)  # what is made once, such as compiled expressions
+    few, many = bytes_each(2000), bytes_each(4000)
+    assert many == pytest.approx(few, rel=0.1)
+    held, by_split, at_most = many
+    assert held < 1500 and by_split < 16 and at_most < 120
 
 
 @given(st.integers(1, 60), st.integers(0, 5), st.randoms(use_true_random=False))
