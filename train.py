@@ -34,7 +34,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
 import rankc
@@ -520,6 +519,8 @@ def shard(model, device: torch.device) -> None:
 
     A layer's weights are gathered where it computes. Raises InputError where no layers are found.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
         raise data.InputError(f"--shard: {type(model).__name__} has no decoder layers that "
