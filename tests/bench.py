@@ -336,14 +336,6 @@ class Bench:
             list(turns())
         return taken, trees
 
-    def peak(self, stage: str, way: str) -> float:
-        """GiB at most, of the process or on the GPU, in a process of its own."""
-        command = [sys.executable, __file__, *sys.argv[1:], "--peak", self.shape, stage, way]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}\n{done.stderr}")
-        return json.loads(done.stdout.splitlines()[-1])
-
     def instrument(self) -> None:
         """Have the parts of a packed step timed, and the tokens of each way counted."""
 
@@ -377,9 +369,20 @@ def quietly(work):
         return work()
 
 
+def peak(shape: str, stage: str, way: str) -> float:
+    """GiB at most, of the process or on the GPU, in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak", shape, stage, way]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def compare(arguments, shape: str) -> None:
     """Every stage of one shape: both ways, and how far this program is from the floor."""
-    ways, bench = ["packed"] if arguments.only else ["packed", "plain"], Bench(arguments, shape)
+    ways = ["packed"] if arguments.only else ["packed", "plain"]
+    memory = {(stage, way): peak(shape, stage, way) for stage in arguments.stages for way in ways}
+    bench = Bench(arguments, shape)
     bench.instrument()
     size, counted = shape_of(bench.model), range(1, arguments.repeat + 1)  # the first: a warm-up
     weights = getattr(torch, arguments.dtype)
@@ -397,21 +400,21 @@ def compare(arguments, shape: str) -> None:
         answers = sum(len(tree.branches) for tree in trees[0])
         fewest = sum(tree.tokens() for some in trees for tree in some)
         print(f"\n{shape}, {stage}: {answers} answers{apart}")
-        middle, memory = {}, {}
+        middle = {}
         for way in ways:
             times = [taken[way][n][0] for n in counted]
-            middle[way], memory[way] = statistics.median(times), bench.peak(stage, way)
+            middle[way] = statistics.median(times)
             rate = (1 if step else answers) / middle[way]
             print(
                 f"  {way:8} {middle[way]:7.3f} s ({min(times):.3f} - {max(times):.3f})  "
                 f"{rate:7.2f} {'steps' if step else 'answers'}/s  "
-                f"{bench.fed[way] / len(trees):7.0f} tokens  {memory[way]:5.2f} GiB"
+                f"{bench.fed[way] / len(trees):7.0f} tokens  {memory[stage, way]:5.2f} GiB"
             )
         over = f"{bench.fed['packed'] / fewest - 1:+.1%} tokens over the fewest"
         if len(ways) > 1:
             over = (
                 f"{middle['plain'] / middle['packed']:.2f}x faster, {over}, "
-                f"{memory['packed'] / memory['plain']:.2f} of the memory"
+                f"{memory[stage, 'packed'] / memory[stage, 'plain']:.2f} of the memory"
             )
         print(f"  ratio    {over}")
         computing = middle["packed"]
