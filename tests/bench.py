@@ -484,43 +484,37 @@ def launch(arguments, processes: int, *more: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def processes_of(arguments, way: str) -> None:
-    """In each process: seconds of a step, of its work without an exchange, of an exchange alone."""
-    rank, alone = dist.get_rank(), train.replicate
-    bench, found = Bench(arguments, "bmlama"), []
-    for replicate in (alone, lambda model, *_: model) if dist.get_world_size() > 1 else (alone,):
-        train.replicate = replicate
-        taken = quietly(lambda: bench.steps(["packed"], arguments.repeat))[0]["packed"]
-        found.append([spent for spent, _ in taken[1:]])
+def processes_of(arguments) -> None:
+    """In each process: seconds of steps, of steps without the exchange, of the exchange alone."""
+    bench, found, replicate = Bench(arguments, *arguments.shapes), [], train.replicate
+    for train.replicate in (replicate, lambda model, *_: model):
+        taken, _ = quietly(lambda: bench.steps(["packed"], arguments.repeat))
+        found.append([spent for spent, _ in taken["packed"][1:]])
     gradients = torch.zeros(sum(weight.numel() for weight in bench.model.parameters()))
-    exchange = lambda: dist.all_reduce(gradients.to(bench.device))  # noqa: E731
-    found.append([seconds(exchange) for _ in range(3)])
-    if rank == 0:
+    found.append([seconds(lambda: dist.all_reduce(gradients.to(bench.device))) for _ in range(3)])
+    if dist.get_rank() == 0:
         print(json.dumps(found))
 
 
-def processes(arguments) -> None:
-    """Rounds of one process and two, in turn."""
-    one, two, apart, exchange = [], [], [], []
+def processes(arguments, shape: str) -> None:
+    """Rounds of one process and of two, in turn."""
+    times = {"one process, one thread": [], "two, one thread each": [],
+             "two, gradients not exchanged": [], "the exchange alone": []}  # fmt: skip
     for _ in range(3):
-        one += launch(arguments, 1, "--processes-of", "1", "--repeat", "8")[0]
-        three = launch(arguments, 2, "--processes-of", "2", "--repeat", "8")
-        for all, some in zip((two, apart, exchange), three, strict=True):
+        one, two = (
+            launch(arguments, n, "--processes-of", "--shapes", shape, "--repeat", "6")
+            for n in (1, 2)
+        )
+        for all, some in zip(times.values(), (one[0], *two), strict=True):
             all += some
-    middle = {name: statistics.median(times) for name, times in
-              {"one": one, "two": two, "apart": apart, "exchange": exchange}.items()}  # fmt: skip
-    for name, times, what in (
-        ("one", one, "one process, one thread: a step"),
-        ("two", two, "two processes, one thread each: a step"),
-        ("apart", apart, "... without the exchange of gradients"),
-        ("exchange", exchange, "... the exchange alone"),
-    ):
-        print(f"{what:42} {middle[name]:.3f} s ({min(times):.3f} - {max(times):.3f})")
-    hidden = 1 - (middle["two"] - middle["apart"]) / middle["exchange"]
+    for name, each in times.items():
+        middle = statistics.median(each)
+        print(f"{shape}: {name:28} {middle:.3f} s ({min(each):.3f} - {max(each):.3f})")
+    one, two, apart, exchange = map(statistics.median, times.values())
     print(
-        f"efficiency {middle['one'] / 2 / middle['two']:.0%} (work alone "
-        f"{middle['one'] / 2 / middle['apart']:.0%}); {hidden:.0%} of the exchange is hidden "
-        "behind the backward pass"
+        f"{shape}: efficiency {one / 2 / two:.0%}, without the exchange {one / 2 / apart:.0%}; the "
+        f"exchange costs {two - apart:.3f} s of the {exchange:.3f} s that it takes alone",
+        flush=True,
     )
 
 
@@ -734,12 +728,16 @@ def main() -> None:
     add("--largest", action="store_true")
     add("--peak", nargs=3, help=argparse.SUPPRESS)
     add("--memory-of", help=argparse.SUPPRESS)
-    add("--processes-of", help=argparse.SUPPRESS)
+    add("--processes-of", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.largest and arguments.device != "cuda":
+        parser.error("--largest fills a GPU's memory; there is none here")
     if arguments.memory:
         return memory(arguments)
     if arguments.processes:
-        return processes(arguments)
+        for shape in arguments.shapes:
+            processes(arguments, shape)
+        return
     if arguments.scale:
         scale_measures()
         return scale_data()
@@ -747,7 +745,7 @@ def main() -> None:
     if arguments.memory_of:
         memory_of(arguments, arguments.memory_of)
     elif arguments.processes_of:
-        processes_of(arguments, arguments.processes_of)
+        processes_of(arguments)
     elif arguments.peak:
         measure_peak(arguments, *arguments.peak)
     else:
