@@ -187,7 +187,8 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
     logits = model(input_ids=grid(token, 0), attention_mask=mask, position_ids=depth,
                    logits_to_keep=keep.to(weight.device), use_cache=False).logits  # (rows, kept, V)
     row, where, target, slot = (x.to(weight.device) for x in (row[parent], where, target, slot))
-    logps = logits[row, where, target].float() - logits.float().logsumexp(-1)[row, where]  # (S,)
+    log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # one copy at a time
+    logps = logits[row, where, target].float() - log_sum[row, where]  # (S,)
     total = logps.new_zeros(len(trees) * K).index_add(0, slot, logps)
     missing = torch.ones_like(total, dtype=torch.bool).index_fill_(0, slot, False)
     return total.masked_fill(missing, -torch.inf).view(len(trees), K)

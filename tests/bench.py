@@ -1,9 +1,9 @@
 """How fast, how frugal, how near the floor: `python tests/bench.py` (pytest does not collect it).
 
 A random 135M Llama (SmolLM2's shape), or --size, or --model DIR, and the same questions, in one
-run: this program against the plain way, which pads a row for each prompt and answer, 16 at a time,
-computes the logits of every token, and keeps the reference model in the step. Repetitions are
-interleaved; medians (min - max).
+run: this program against the plain way, which pads a row for each prompt and answer, 16 at a time
+(8 of mmmlu's), computes the logits of every token, and keeps the reference model in the step. Each
+way runs in a process of its own, in turn with the other; medians (min - max).
 
     bmlama      lengths as BMLAMA's in English and Spanish: 4 to 17 tokens, ten answers of 1 to 10
     mmmlu       prompts of 250 to 350 tokens, four letters
@@ -25,6 +25,7 @@ tokens, on matrices that stay in the cache: what the machine can do at most.
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -36,6 +37,7 @@ import time
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,9 +50,8 @@ import dco
 import rankc
 import train
 
-SHAPES = {"bmlama": 16, "mmmlu": 4, "xcsqa": 16}  # and how many questions are judged
+JUDGED = {"bmlama": 16, "mmmlu": 4, "xcsqa": 16}  # questions in a turn of reference, evaluation
 STAGES = ("reference", "step", "evaluation")
-BATCH = 16  # rows that the plain way takes at once
 
 
 class Shape(NamedTuple):
@@ -173,12 +174,12 @@ def seconds(work) -> float:
 # ------------------------------------------------------------------------------------ the plain way
 
 
-def plain(model, trees: list[data.Tree]) -> torch.Tensor:
-    """One padded row for each prompt and answer, all logits, as is commonly done: (answers,)."""
+def plain(model, trees: list[data.Tree], rows: int) -> torch.Tensor:
+    """A padded row for each prompt and answer, all logits, as is commonly done: (answers,)."""
     texts = [(tree.prefix, branch) for tree in trees for branch in tree.branches]
     scores = []
-    for first in range(0, len(texts), BATCH):
-        some = texts[first : first + BATCH]
+    for first in range(0, len(texts), rows):
+        some = texts[first : first + rows]
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(prompt + answer) for prompt, answer in some], batch_first=True
         ).to(model.device)
@@ -190,33 +191,6 @@ def plain(model, trees: list[data.Tree]) -> torch.Tensor:
         logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         scores.append((logps * ((column[1:] >= start) & (column[1:] < end))).sum(-1))
     return torch.cat(scores)
-
-
-class PlainStep:
-    """An optimizer step of the same items with the reference model in it."""
-
-    def __init__(self, model, config):
-        import copy
-
-        self.model, self.config = model, config
-        self.reference = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, weight_decay=0.0, fused=True
-        )
-
-    def __call__(self, items: list[train.Item]) -> None:
-        trees = [tree for item in items for tree in item.trees]
-        with rankc.autocast(self.config, self.model.device):
-            with torch.no_grad():
-                ref = plain(self.reference, trees).view(len(items), -1, 2)
-            logps = plain(self.model, trees).view(len(items), -1, 2)
-        gamma = rankc.gamma_matrix(self.config, lambda *_: None).to(ref)
-        r_align = dco.align_reward(ref, gamma)
-        loss = dco.dco_loss(logps, ref, r_align, self.config.beta).sum() / len(items)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 # ------------------------------------------------------------------------------------ the floor
@@ -238,9 +212,9 @@ def flops(shape: Shape, trees: list[data.Tree]) -> float:
     return total
 
 
-def bare(shape: Shape, trees: list[data.Tree], device: str, dtype, backward: bool) -> float:
+def bare(shape: Shape, tokens: int, scored: int, device: str, dtype, backward: bool) -> float:
     """Seconds of a model's matrix products for so many tokens at once, the best of five each."""
-    tokens, scored, total = sum(t.tokens() for t in trees), sum(map(positions, trees)), 0.0
+    total = 0.0
     sizes = Counter((a, b, tokens) for a, b in shape.products * shape.layers)
     for (a, b, T), times in [*sizes.items(), ((shape.d, shape.V, scored), 1)]:
         x, w, g = (torch.randn(n, device=device, dtype=dtype) for n in ((T, a), (b, a), (T, b)))
@@ -254,14 +228,13 @@ def bare(shape: Shape, trees: list[data.Tree], device: str, dtype, backward: boo
 
 
 class Bench:
-    """A model, questions of one shape, and both ways through them."""
+    """A model, and questions of one shape: what a process of its own does of one way and stage."""
 
     def __init__(self, arguments, shape: str):
-        self.arguments, self.shape = arguments, shape
-        device = torch.device(arguments.device)
+        self.device = torch.device(arguments.device)
         self.model, tokenizer = make(arguments)
-        if arguments.checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.size, self.judged = shape_of(self.model), JUDGED.get(shape, 16)
+        self.rows = 8 if shape == "mmmlu" else 16
         self.config = train.Config(
             langs=arguments.langs,
             max_tokens=arguments.max_tokens,
@@ -271,26 +244,16 @@ class Bench:
             epochs=10**6,
             save_every=0,
         )
-        number = max(SHAPES[shape], arguments.questions * (arguments.repeat + 1))
-        self.questions = some_questions(arguments, shape, number, shape_of(self.model).V)
-        self.encoding = seconds(lambda: data.encode(tokenizer, self.questions, arguments.langs))
+        number = max(self.judged, arguments.questions * (arguments.repeat + 1))
+        self.questions = some_questions(arguments, shape, number, self.size.V)
         self.trees = data.encode(tokenizer, self.questions, arguments.langs)
-        self.device, self.fed, self.spent = device, Counter(), Counter()
+        some = self.questions[: arguments.questions]
+        self.encoding = seconds(lambda: data.encode(tokenizer, some, arguments.langs))
+        self.spent, self.fed = Counter(), 0
+        self.model.register_forward_pre_hook(self.count, with_kwargs=True)
 
-    def judged(self, stage: str) -> list[list[data.Tree]]:
-        answers = 2 if stage == "reference" else None
-        return [
-            [tree._replace(branches=tree.branches[:answers]) for tree in row]
-            for row in self.trees[: SHAPES[self.shape]]
-        ]
-
-    def forward(self, way: str, trees: list[list[data.Tree]]) -> torch.Tensor:
-        self.model.eval()
-        if way == "packed":
-            scores = rankc.score(self.model, trees, self.config, "score", True).transpose(0, 1)
-            return scores[scores.isfinite()]
-        with torch.no_grad(), rankc.autocast(self.config, self.device):
-            return plain(self.model, [tree for row in trees for tree in row]).cpu()
+    def count(self, _, __, kwargs) -> None:
+        self.fed += kwargs["input_ids"].numel()
 
     def items(self):
         """The items of each step, without end, as train.py draws them."""
@@ -299,57 +262,16 @@ class Bench:
         gamma = rankc.gamma_matrix(self.config, lambda *_: None)
         return train.draw(self.questions, self.trees, ref, gamma, self.config)
 
-    def judge(self, stage: str, ways: list[str], repeat: int) -> tuple[dict, dict]:
-        """Of each way (seconds, nothing) of each pass, in turn, and the scores."""
-        taken, scores, rows = {way: [] for way in ways}, {}, self.judged(stage)
-        for _ in range(repeat + 1):
-            for self.way in ways:
-                begun = time.perf_counter()
-                scores[self.way] = self.forward(self.way, rows)
-                taken[self.way].append((time.perf_counter() - begun, None))
-        return taken, scores
-
-    def steps(self, ways: list[str], repeat: int) -> tuple[dict, list[list[data.Tree]]]:
-        """Of each way (seconds, seconds of the parts) of each step, in turn; each step's trees."""
-        taken, trees, drawn = {way: [] for way in ways}, [], self.items()
-        other = PlainStep(self.model, self.config) if "plain" in ways else None
-
-        def turns():
-            for _ in range(repeat + 1):
-                synchronize()
-                begun, items = time.perf_counter(), next(drawn)
-                trees.append([tree for item in items for tree in item.trees])
-                if "packed" in ways:
-                    self.way = "packed"
-                    self.spent.clear()
-                    yield items
-                    synchronize()
-                    taken["packed"].append((time.perf_counter() - begun, self.spent.copy()))
-                if other:
-                    self.way = "plain"
-                    taken["plain"].append((seconds(lambda: other(items)), None))
-
-        if "packed" in ways:
-            nothing = lambda line: None  # noqa: E731
-            train.optimise(self.model, turns(), repeat + 1, self.config, True, nothing)
-        else:
-            list(turns())
-        return taken, trees
-
-    def instrument(self) -> None:
-        """Have the parts of a packed step timed, and the tokens of each way counted."""
+    def time_parts(self) -> None:
+        """Have the parts of a packed step timed."""
 
         def timed(owner, name, part):
             work = getattr(owner, name)
 
             def wrapped(*args, **kwargs):
-                synchronize()
-                begun = time.perf_counter()
-                result = work(*args, **kwargs)
-                synchronize()
-                if self.way == "packed":
-                    self.spent[part] += time.perf_counter() - begun
-                return result
+                result = []
+                self.spent[part] += seconds(lambda: result.append(work(*args, **kwargs)))
+                return result[0]
 
             setattr(owner, name, wrapped)
 
@@ -358,10 +280,99 @@ class Bench:
         timed(torch.nn.utils, "clip_grad_norm_", "optimizer")
         timed(torch.optim.AdamW, "step", "optimizer")
 
-        def count(_, __, kwargs):
-            self.fed[self.way] += kwargs["input_ids"].numel()
+    def packed_steps(self, turns) -> None:
+        """A step by train.optimise whenever `turns` yields; it is sent the trees and the time."""
+        taken, drawn = [], self.items()
 
-        self.model.register_forward_pre_hook(count, with_kwargs=True)
+        def steps():
+            for report in turns:
+                self.spent.clear()
+                synchronize()
+                begun, items = time.perf_counter(), next(drawn)
+                yield items
+                synchronize()
+                spent = time.perf_counter() - begun
+                report([tree for item in items for tree in item.trees], spent)
+
+        nothing = lambda line: taken.append(line)  # noqa: E731
+        train.optimise(self.model, steps(), 10**6, self.config, True, nothing)
+
+    def plain_steps(self, turns) -> None:
+        """The same items with the reference model in the step."""
+        reference, drawn = copy.deepcopy(self.model).requires_grad_(False), self.items()
+        weights, config = list(self.model.parameters()), self.config
+        optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
+        gamma = rankc.gamma_matrix(config, lambda *_: None)
+
+        def step(items):
+            each = self.rows // 2 // len(config.langs)  # questions at once
+            for first in range(0, len(items), each):
+                some = items[first : first + each]
+                trees = [tree for item in some for tree in item.trees]
+                with rankc.autocast(config, self.device):
+                    with torch.no_grad():
+                        ref = plain(reference, trees, self.rows).view(len(some), -1, 2)
+                    logps = plain(self.model, trees, self.rows).view(len(some), -1, 2)
+                r_align = dco.align_reward(ref, gamma.to(ref))
+                loss = dco.dco_loss(logps, ref, r_align, config.beta).sum() / len(items)
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for report in turns:
+            items = next(drawn)
+            spent = seconds(lambda: step(items))
+            report([tree for item in items for tree in item.trees], spent)
+
+    def judge(self, way: str, stage: str, turns) -> None:
+        """The same questions again and again."""
+        trees = [
+            [tree._replace(branches=tree.branches[: 2 if stage == "reference" else None])
+             for tree in row]
+            for row in self.trees[: self.judged]
+        ]  # fmt: skip
+        flat = [tree for row in trees for tree in row]
+        self.model.eval()
+        for report in turns:
+            begun = time.perf_counter()
+            if way == "packed":
+                scores = rankc.score(self.model, trees, self.config, "", True).transpose(0, 1)
+                scores = scores[scores.isfinite()]
+            else:
+                with torch.no_grad(), rankc.autocast(self.config, self.device):
+                    scores = plain(self.model, flat, self.rows).cpu()
+            report(flat, time.perf_counter() - begun, scores.tolist())
+
+    def work(self, way: str, stage: str, reply) -> None:
+        """A turn for each line of standard input, and a reply to each."""
+
+        def turns():
+            for _ in sys.stdin:
+                self.fed = 0
+                yield report
+
+        def report(trees, spent, scores=()):
+            groups = [
+                [trees[i] for i in group] for group in data.batches(trees, self.config.max_tokens)
+            ]
+            cuda = self.device.type == "cuda"
+            reply({
+                "seconds": spent, "fed": self.fed, "scores": scores, "parts": self.spent,
+                "fewest": sum(tree.tokens() for tree in trees),
+                "answers": sum(len(tree.branches) for tree in trees),
+                "groups": [[sum(t.tokens() for t in g), sum(map(positions, g))] for g in groups],
+                "flops": flops(self.size, trees), "encoding": self.encoding, "size": self.size,
+                "peak": torch.cuda.max_memory_allocated() if cuda else resident("VmHWM"),
+            })  # fmt: skip
+
+        if stage != "step":
+            self.judge(way, stage, turns())
+        elif way == "plain":
+            self.plain_steps(turns())
+        else:
+            self.time_parts()
+            self.packed_steps(turns())
 
 
 def quietly(work):
@@ -369,94 +380,81 @@ def quietly(work):
         return work()
 
 
-def peak(shape: str, stage: str, way: str) -> float:
-    """GiB at most, of the process or on the GPU, in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--peak", shape, stage, way]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def compare(arguments, shape: str) -> None:
-    """Every stage of one shape: both ways, and how far this program is from the floor."""
+    """Every stage of one shape: both ways in turn, and how far this program is from the floor."""
     ways = ["packed"] if arguments.only else ["packed", "plain"]
-    memory = {(stage, way): peak(shape, stage, way) for stage in arguments.stages for way in ways}
-    bench = Bench(arguments, shape)
-    bench.instrument()
-    size, counted = shape_of(bench.model), range(1, arguments.repeat + 1)  # the first: a warm-up
-    weights = getattr(torch, arguments.dtype)
-    computed = torch.bfloat16 if bench.device.type == "cuda" else weights
     for stage in arguments.stages:
-        bench.fed.clear()
-        step, apart = stage == "step", ""
-        if step:
-            taken, trees = quietly(lambda: bench.steps(ways, arguments.repeat))
-        else:
-            taken, scores = quietly(lambda: bench.judge(stage, ways, arguments.repeat))
-            trees = [[tree for row in bench.judged(stage) for tree in row]] * len(taken["packed"])
-            if len(ways) > 1:
-                apart = f", scores within {(scores['packed'] - scores['plain']).abs().max():.0e}"
-        answers = sum(len(tree.branches) for tree in trees[0])
-        fewest = sum(tree.tokens() for some in trees for tree in some)
-        print(f"\n{shape}, {stage}: {answers} answers{apart}")
-        middle = {}
-        for way in ways:
-            times = [taken[way][n][0] for n in counted]
-            middle[way] = statistics.median(times)
-            rate = (1 if step else answers) / middle[way]
-            print(
-                f"  {way:8} {middle[way]:7.3f} s ({min(times):.3f} - {max(times):.3f})  "
-                f"{rate:7.2f} {'steps' if step else 'answers'}/s  "
-                f"{bench.fed[way] / len(trees):7.0f} tokens  {memory[stage, way]:5.2f} GiB"
-            )
-        over = f"{bench.fed['packed'] / fewest - 1:+.1%} tokens over the fewest"
-        if len(ways) > 1:
-            over = (
-                f"{middle['plain'] / middle['packed']:.2f}x faster, {over}, "
-                f"{memory[stage, 'packed'] / memory[stage, 'plain']:.2f} of the memory"
-            )
-        print(f"  ratio    {over}")
-        computing = middle["packed"]
-        if step:
-            parts = {
-                part: statistics.median(taken["packed"][n][1][part] for n in counted)
-                for part in ("forward", "backward", "optimizer")
-            }
-            computing = parts["forward"] + parts["backward"]
-            parts["tokenising"] = bench.encoding / len(bench.questions) * arguments.questions
-            parts["everything else"] = middle["packed"] - computing - parts["optimizer"]
-            shares = (f"{part} {t:.3f} s ({t / middle['packed']:.1%})" for part, t in parts.items())
-            print(f"  parts    {', '.join(shares)}")
-        floor, work = [], []
-        for some in trees[1:] if step else trees[:1]:
-            work.append((3 if step else 1) * flops(size, some))
-            groups = data.batches(some, arguments.max_tokens)
-            floor.append(
-                sum(
-                    bare(size, [some[i] for i in group], arguments.device, computed, step)
-                    for group in groups
-                )
-            )
-        work, floor = statistics.mean(work), statistics.mean(floor)
+        workers = {
+            way: subprocess.Popen(
+                [sys.executable, __file__, *sys.argv[1:], "--work", shape, stage, way],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            for way in ways
+        }  # fmt: skip
+        found = {way: [] for way in ways}
+        for _ in range(arguments.repeat + 1):
+            for way, worker in workers.items():
+                print(file=worker.stdin, flush=True)
+                if not (line := worker.stdout.readline()):
+                    sys.exit(
+                        f"{shape}, {stage}: {way} has ended; alone: --work {shape} {stage} {way}"
+                    )
+                found[way].append(json.loads(line))
+        for worker in workers.values():
+            worker.stdin.close()
+            worker.wait()
+        show(arguments, shape, stage, {way: turns[1:] for way, turns in found.items()})
+
+
+def show(arguments, shape: str, stage: str, found: dict[str, list[dict]]) -> None:
+    """Print what the turns of each way have shown."""
+    step, mine, middle = stage == "step", found["packed"], {}
+    apart = ""
+    if not step and len(found) > 1:
+        scores = [torch.tensor(turns[0]["scores"]) for turns in found.values()]
+        apart = f", scores within {(scores[0] - scores[1]).abs().max():.0e} nats"
+    answers = mine[0]["answers"]
+    print(f"\n{shape}, {stage}: {answers} answers{apart}")
+    for way, turns in found.items():
+        times = [turn["seconds"] for turn in turns]
+        middle[way], peak = statistics.median(times), turns[-1]["peak"] / 2**30
         print(
-            f"  products {work / 1e9:.1f} GFLOP at {work / computing / 1e9:.0f} GFLOP/s; bare "
-            f"{work / floor / 1e9:.0f} GFLOP/s: utilisation {floor / computing:.0%}",
-            flush=True,
+            f"  {way:8} {middle[way]:7.3f} s ({min(times):.3f} - {max(times):.3f})  "
+            f"{(1 if step else answers) / middle[way]:7.2f} {'steps' if step else 'answers'}/s  "
+            f"{statistics.mean(turn['fed'] for turn in turns):6.0f} tokens  {peak:5.2f} GiB"
         )
-
-
-def measure_peak(arguments, shape: str, stage: str, way: str) -> None:
-    arguments.repeat = 2
-    bench = Bench(arguments, shape)
-    if stage == "step":
-        quietly(lambda: bench.steps([way], 2))
-    else:
-        quietly(lambda: bench.forward(way, bench.judged(stage)))
-    if bench.device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**30)
-    else:
-        print(resident("VmHWM") / 2**30)
+    fed, fewest = (sum(turn[name] for turn in mine) for name in ("fed", "fewest"))
+    ratio = f"{fed / fewest - 1:+.1%} tokens over the fewest"
+    if len(found) > 1:
+        memory = mine[-1]["peak"] / found["plain"][-1]["peak"]
+        ratio = (
+            f"{middle['plain'] / middle['packed']:.2f}x faster, {ratio}, {memory:.2f} of the memory"
+        )
+    print(f"  ratio    {ratio}")
+    whole = computing = middle["packed"]
+    if step:
+        parts = {
+            part: statistics.median(turn["parts"][part] for turn in mine)
+            for part in ("forward", "backward", "optimizer")
+        }
+        computing = parts["forward"] + parts["backward"]
+        parts["tokenising"] = mine[0]["encoding"]  # before the first step, once a question
+        parts["everything else"] = whole - computing - parts["optimizer"]
+        print(
+            "  parts    "
+            + ", ".join(f"{part} {t:.3f} s ({t / whole:.1%})" for part, t in parts.items())
+        )
+    on_gpu, size = arguments.device == "cuda", Shape(*mine[0]["size"])
+    computed = torch.bfloat16 if on_gpu else getattr(torch, arguments.dtype)
+    floor = statistics.mean(
+        sum(bare(size, *group, arguments.device, computed, step) for group in turn["groups"])
+        for turn in (mine if step else mine[:1])
+    )
+    work = (3 if step else 1) * statistics.mean(turn["flops"] for turn in mine)
+    print(
+        f"  products {work / 1e9:.1f} GFLOP at {work / computing / 1e9:.0f} GFLOP/s; bare "
+        f"{work / floor / 1e9:.0f} GFLOP/s: utilisation {floor / computing:.0%}",
+        flush=True,
+    )
 
 
 def resident(name: str) -> int:
@@ -484,12 +482,19 @@ def launch(arguments, processes: int, *more: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def times_of(bench: Bench, number: int) -> list[float]:
+    """Seconds of so many packed steps."""
+    found = []
+    report = lambda _, spent: found.append(spent)  # noqa: E731
+    quietly(lambda: bench.packed_steps(repeat(report, number)))
+    return found
+
+
 def processes_of(arguments) -> None:
     """In each process: seconds of steps, of steps without the exchange, of the exchange alone."""
     bench, found, replicate = Bench(arguments, *arguments.shapes), [], train.replicate
     for train.replicate in (replicate, lambda model, *_: model):
-        taken, _ = quietly(lambda: bench.steps(["packed"], arguments.repeat))
-        found.append([spent for spent, _ in taken["packed"][1:]])
+        found.append(times_of(bench, arguments.repeat + 1)[1:])
     gradients = torch.zeros(sum(weight.numel() for weight in bench.model.parameters()))
     found.append([seconds(lambda: dist.all_reduce(gradients.to(bench.device))) for _ in range(3)])
     if dist.get_rank() == 0:
@@ -688,7 +693,7 @@ def largest(arguments, shape: str) -> None:
         times = max(1, number // len(bench.trees) + 1)
         bench.questions, bench.trees = bench.questions * times, bench.trees * times
         try:
-            quietly(lambda: bench.steps(["packed"], 1))
+            times_of(bench, 2)
         except torch.OutOfMemoryError:
             break
         fits, tokens = tokens, tokens * 2
@@ -713,7 +718,7 @@ def main() -> None:
     add("--size", default="135M", choices=SIZES, help="else random weights of this size")
     add("--data", default="", help="real questions, as train.py takes them")
     add("--langs", nargs="+", default=["en", "es"])
-    add("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    add("--shapes", nargs="+", default=list(JUDGED), choices=JUDGED)
     add("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     add("--only", action="store_true", help="this program alone, without the plain way")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -726,7 +731,7 @@ def main() -> None:
     add("--scale", action="store_true")
     add("--memory", action="store_true")
     add("--largest", action="store_true")
-    add("--peak", nargs=3, help=argparse.SUPPRESS)
+    add("--work", nargs=3, help=argparse.SUPPRESS)
     add("--memory-of", help=argparse.SUPPRESS)
     add("--processes-of", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -741,22 +746,33 @@ def main() -> None:
     if arguments.scale:
         scale_measures()
         return scale_data()
+    if not (arguments.work or arguments.memory_of or arguments.processes_of or arguments.largest):
+        name = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
+        print(
+            f"{arguments.model or arguments.size}, {arguments.dtype}, {name}, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of "
+            f"{arguments.repeat} (min - max)",
+            flush=True,
+        )
+        for shape in ["--data"] if arguments.data else arguments.shapes:
+            compare(arguments, shape)
+        return
+    if arguments.work:
+        shape, stage, way = arguments.work
+        if way == "packed":
+            rankc.start(arguments.device)
+        pipe = sys.stdout
+        quietly(lambda: Bench(arguments, shape).work(
+            way, stage, lambda found: print(json.dumps(found), file=pipe, flush=True)))  # fmt: skip
+        return
     rankc.start(arguments.device)
     if arguments.memory_of:
         memory_of(arguments, arguments.memory_of)
     elif arguments.processes_of:
         processes_of(arguments)
-    elif arguments.peak:
-        measure_peak(arguments, *arguments.peak)
     else:
-        name = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
-        print(
-            f"{arguments.model or arguments.size}, {arguments.dtype}, {name}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of "
-            f"{arguments.repeat} (min - max)"
-        )
-        for shape in ["--data"] if arguments.data else arguments.shapes:
-            (largest if arguments.largest else compare)(arguments, shape)
+        for shape in arguments.shapes:
+            largest(arguments, shape)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,0 +1,82 @@
+"""What makes it fast is there and is counted right; times are for bench.py, not for tests."""
+
+import random
+import subprocess
+import sys
+
+import bench
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import dco
+import train
+from conftest import ROOT, tiny_llama
+
+TREES = [  # answers of several tokens, of one, and both
+    data.Tree([1, 2, 3, 4, 5], [[6, 7, 8], [9, 10], [11]]),
+    data.Tree(list(range(30)), [[1], [2], [3], [4]]),
+    data.Tree([1], [[2, 3, 4, 5, 6, 7], [8, 9]]),
+]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_the_benchmark_counts_the_arithmetic_that_torch_counts(tree):
+    """Matrix products by torch's counter; pairs in attention by the mask that the model gets."""
+    model, masks = tiny_llama(100, attn_implementation="eager"), []
+    shape = bench.shape_of(model)
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        dco.completion_logps(model, [tree])
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    attention = 4 * shape.d * shape.layers * int((masks[0] == 0).sum())
+    assert bench.flops(shape, [tree]) == products + attention
+    assert sum(w.numel() for name, w in model.named_parameters() if "norm" not in name) == (
+        shape.layers * shape.layer + shape.root
+    )
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5))
+def test_rows_of_a_step_are_dealt_so_that_no_process_waits_long(seed, world):
+    """A language that takes three times the tokens of the other is not left to one process."""
+    rng = random.Random(seed)
+    lengths = [(rng.randint(5, 10), rng.randint(15, 30)) for _ in range(8)]
+    items = [
+        train.Item([data.Tree([1] * n, [[1], [2]]) for n in pair], None, None, [0, 1], str(q))
+        for q, pair in enumerate(lengths)
+    ]
+    config = train.Config(langs=["en", "es"])
+    shares = [
+        [row for group in train.micro_batches(items, config, True, rank, world) for row in group]
+        for rank in range(world)
+    ]
+    assert sorted(sum(shares, [])) == [(q, i) for q in range(8) for i in range(2)]
+    tokens = [sum(lengths[q][i] for q, i in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(map(max, lengths))
+    assert max(tokens) <= 1.5 * sum(tokens) / world
+
+
+def test_memory_that_torch_frees_is_not_fetched_from_the_system_again():
+    """Counted in page faults of a process that makes and drops 80 MB again and again."""
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import torch, rankc\n"
+        "if sys.argv[2] == 'reuse': rankc.reuse_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for n in range(12):\n"
+        "    if n == 6: begun = faults()\n"
+        "    torch.ones(20_000_000)\n"
+        "print(faults() - begun)"
+    )
+    found = {}
+    for way in ("reuse", "else"):
+        command = [sys.executable, "-c", code, str(ROOT), way]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[way] = int(done.stdout)
+    if found["else"] < 1000:
+        pytest.skip(f"this system's C library keeps memory by itself: {found['else']} page faults")
+    assert found["reuse"] < found["else"] / 10
