@@ -236,8 +236,9 @@ def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, pac
                 scored.append((b, losses.detach()))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or torch.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        bad = torch.stack([~part.isfinite().all() for part in (norm, *(part for _, part in scored))])
-        flags = torch.stack([torch.tensor(max(signals, default=0), device=device), bad.any().long()])
+        parts = norm, *(losses for _, losses in scored)
+        flags = torch.tensor([max(signals, default=0), 0], device=device)
+        flags[1] = ~torch.stack([part.isfinite().all() for part in parts]).all()
         if world > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # all stop at the same step
         number, unsound = flags.tolist()  # the host waits for a GPU here, once a step
