@@ -445,7 +445,7 @@ def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
 def load_jsonl(place: str, langs: list[str], say) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
     path, lines = Path(place), {}
-    same = lru_cache(2**16)(str)  # answers come again and again; each is kept once
+    same = lru_cache(2**16)(str)  # of the last 65,536 answers, those that are equal are kept once
     for number, (where, fields) in enumerate(json_lines(path), 1):
         wanted = {"id": (str, int), "subject": str, "gold": (int, type(None)), "prompts": dict,
                   "answers": dict}
@@ -544,7 +544,8 @@ def encode(tokenizer, questions: list[Question], langs: list[str], context: int 
     exact. `whole` scores the prompt too. Raises InputError for a text longer than `context` tokens
     or without a token to predict the answer from.
     """
-    if len(questions) > (some := 256):  # a tokenizer's own lists are ten times what is kept
+    some = 256
+    if len(questions) > some:  # a tokenizer's own lists are ten times what is kept
         return [trees for first in range(0, len(questions), some) for trees in
                 encode(tokenizer, questions[first:first + some], langs, context, whole)]
     bos = tokenizer.bos_token_id

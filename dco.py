@@ -144,7 +144,7 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
     if not packed:
         units = [(tree, [answer]) for tree, answers in units for answer in answers]
 
-    # Tokens are numbered such that what descends from the n-th are those up to until[n].
+    # Tokens n to until[n] - 1 are the n-th and what descends from it.
     fed, until, scored, sizes = [], [], [], []
     for tree, answers in units:
         root = len(fed)
@@ -155,7 +155,7 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
             scored += [*zip(parents, branch, repeat(slot))][tree.lead:]
             fed += zip(branch[:-1], count(len(tree.prefix)))
             until += [len(fed)] * (len(branch) - 1)
-        until[root:root] = [len(fed)] * len(tree.prefix)
+        until[root:root] = [len(fed)] * len(tree.prefix)  # stands before those
         sizes.append(len(fed) - root)
     token, depth = torch.tensor(fed).T  # (N,) each
     parent, target, slot = torch.tensor(scored).T  # (S,) each; `parent` predicts `target`
@@ -187,7 +187,7 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
     logits = model(input_ids=grid(token, 0), attention_mask=mask, position_ids=depth,
                    logits_to_keep=keep.to(weight.device), use_cache=False).logits  # (rows, kept, V)
     row, where, target, slot = (x.to(weight.device) for x in (row[parent], where, target, slot))
-    log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # one copy at a time
+    log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # row by row: less room
     logps = logits[row, where, target].float() - log_sum[row, where]  # (S,)
     total = logps.new_zeros(len(trees) * K).index_add(0, slot, logps)
     missing = torch.ones_like(total, dtype=torch.bool).index_fill_(0, slot, False)
@@ -242,7 +242,7 @@ def packs_exactly(model: torch.nn.Module, trees: Sequence) -> bool:
         packed = completion_logps(model, trees)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError):  # what models raise on a four-dimensional mask
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError):  # of masks like these
         return False
     apart = completion_logps(model, trees, packed=False)
     rounding = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2

@@ -527,8 +527,11 @@ def start(device: str, timeout: float = 60.0) -> tuple[torch.device, int, int]:
 
 
 def reuse_memory() -> None:
-    """Have glibc keep what torch frees: else each step's gradients are new pages, a third of it."""
-    with suppress(AttributeError):  # another libc
+    """Have glibc keep what torch frees, so that the process stays as large as it was at most.
+
+    Else each step's gradients are new pages, which takes a third of a step on CPUs.
+    """
+    with suppress(AttributeError, TypeError):  # another libc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is not given back
@@ -682,7 +685,7 @@ def score(model, trees: list[list[data.Tree]], config: EvalConfig, desc: str, pa
         if n < len(groups):
             out[group] = torch.nn.functional.pad(logps, (0, K - logps.shape[1]), value=-torch.inf)
             mine += group
-    out = out.cpu()  # only here does the host wait for a GPU
+    out = out.cpu()
     rest(model)
     parts = [None] * world
     dist.all_gather_object(parts, (mine, out[mine]))

@@ -218,7 +218,7 @@ def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, pac
         ref = torch.stack([item.ref for item in items]).to(device)  # (B, L, K)
         r_align = torch.stack([item.r_align for item in items]).to(device)  # (B, L, K)
         logps = torch.full_like(ref, -torch.inf)  # what this process scores, for the log
-        shares = [micro_batches(items, config, packed, r, world) for r in range(world)]
+        shares = micro_batches(items, config, packed, world)
         mine, rounds, scored = shares[rank], max(map(len, shares)), []
         for n in range(rounds):  # as many on every process, for they wait for each other: one that
             rows = mine[n] if n < len(mine) else [(0, items[0].used[0])]  # has no more feeds a row
@@ -236,12 +236,12 @@ def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, pac
                 scored.append((b, losses.detach()))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or torch.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        parts = norm, *(losses for _, losses in scored)
+        checked = norm, *(losses for _, losses in scored)
         flags = torch.tensor([max(signals, default=0), 0], device=device)
-        flags[1] = ~torch.stack([part.isfinite().all() for part in parts]).all()
+        flags[1] = ~torch.stack([part.isfinite().all() for part in checked]).all()
         if world > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # all stop at the same step
-        number, unsound = flags.tolist()  # the host waits for a GPU here, once a step
+        number, unsound = flags.tolist()
         if unsound:
             raise Halt(diverged(step, items, scored))
         rate = scheduler.get_last_lr()[0]
@@ -275,18 +275,21 @@ def replicate(model, before: Sequence[list[Item]], packed: bool) -> DistributedD
     return policy
 
 
-def micro_batches(items: list[Item], config: Config, packed: bool, rank: int, world: int
-                  ) -> list[list[tuple[int, int]]]:
-    """What a process feeds of a step, at once: rows (item, language), of which each is a term.
+def micro_batches(items: list[Item], config: Config, packed: bool, world: int
+                  ) -> list[list[list[tuple[int, int]]]]:
+    """Of each process, what it feeds at once: rows (item, language), of which each is a term.
 
-    Rows are dealt longest first, there and back, so that no process waits long for another.
+    Rows are dealt longest first, to the first process and on to the last, then from the last to
+    the first, so that none waits long for another.
     """
     rows = [(b, i) for b, item in enumerate(items) for i in item.used]
     rows.sort(key=lambda row: -items[row[0]].trees[row[1]].tokens(packed))
-    turns = [*range(world), *reversed(range(world))]
-    rows = [row for n, row in enumerate(rows) if turns[n % len(turns)] == rank]
-    groups = data.batches([items[b].trees[i] for b, i in rows], config.max_tokens, packed)
-    return [[rows[g] for g in group] for group in groups]
+    turns, shares = [*range(world), *reversed(range(world))], []
+    for rank in range(world):
+        mine = [row for n, row in enumerate(rows) if turns[n % len(turns)] == rank]
+        groups = data.batches([items[b].trees[i] for b, i in mine], config.max_tokens, packed)
+        shares.append([[mine[g] for g in group] for group in groups])
+    return shares
 
 
 def diverged(step: int, items: list[Item], scored: list[tuple[list[int], Tensor]]) -> str:
@@ -307,7 +310,7 @@ def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
     """What the log shows of a step's (B, L, K) tables; margins are of the first two answers."""
     if dist.get_world_size() > 1:
         dist.all_reduce(logps, op=dist.ReduceOp.MAX)  # -inf but where a process has scored
-    logps, ref, r_align = logps.cpu(), ref.cpu(), r_align.cpu()
+    logps, ref, r_align = logps.cpu(), ref.cpu(), r_align.cpu()  # else a GPU is asked ten times
     used = logps[..., 0].isfinite()  # (B, L)
     losses = term(logps, ref, r_align, config).masked_fill(~used, 0.0)
     mean = losses.sum(0) / used.sum(0).clamp(min=1)  # (L,)

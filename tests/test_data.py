@@ -727,3 +727,17 @@ def test_the_published_xcsqa_loads_in_one_language_and_its_permuted_pairs_are_re
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(data.InputError, match="of 12 questions differs between languages"):
         data.load(f"xcsqa:{tmp_path}", ["en", "zh"])
+
+
+def test_many_questions_are_tokenised_as_each_alone_and_the_last_is_checked_too():
+    questions = questions_with(300)
+    tokenizer = tiny_tokenizer(" ".join(question.prompts["en"] for question in questions))
+    for whole in (False, True):
+        together = data.encode(tokenizer, questions, ["en"], whole=whole)
+        alone = [
+            data.encode(tokenizer, [question], ["en"], whole=whole)[0] for question in questions
+        ]
+        assert together == alone
+    longer = replace(questions[-1], prompts={"en": "a long prompt " * 50})
+    with pytest.raises(data.InputError, match=repr(longer.id)):
+        data.encode(tokenizer, [*questions[:-1], longer], ["en"], context=100)

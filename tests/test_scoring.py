@@ -148,6 +148,21 @@ def test_a_model_that_ignores_the_mask_is_found_out():
     assert not dco.packs_exactly(model, trees)
 
 
+@pytest.mark.parametrize("error", [KeyError, ValueError, TypeError, RuntimeError])
+def test_a_model_that_cannot_take_the_mask_of_its_layers_falls_back(error):
+    """As one that mixes windows with another kind of layer, which the masks do not name."""
+    model, trees = tiny("gemma3_text", "sdpa", sliding_window=6), some_trees(3)
+    forward = model.forward
+
+    def only_two_dimensions(attention_mask, **rest):
+        if not torch.is_tensor(attention_mask) or attention_mask.ndim == 4:
+            raise error("chunked_attention")
+        return forward(attention_mask=attention_mask, **rest)
+
+    model.forward = only_two_dimensions
+    assert not dco.packs_exactly(model, trees)
+
+
 @given(st.integers(0, 10**6))
 @settings(max_examples=20)
 def test_a_tree_scores_the_same_in_any_company(seed):

@@ -51,10 +51,7 @@ def test_rows_of_a_step_are_dealt_so_that_no_process_waits_long(seed, world):
         for q, pair in enumerate(lengths)
     ]
     config = train.Config(langs=["en", "es"])
-    shares = [
-        [row for group in train.micro_batches(items, config, True, rank, world) for row in group]
-        for rank in range(world)
-    ]
+    shares = [sum(groups, []) for groups in train.micro_batches(items, config, True, world)]
     assert sorted(sum(shares, [])) == [(q, i) for q in range(8) for i in range(2)]
     tokens = [sum(lengths[q][i] for q, i in share) for share in shares]
     assert max(tokens) - min(tokens) <= max(map(max, lengths))
@@ -62,10 +59,10 @@ def test_rows_of_a_step_are_dealt_so_that_no_process_waits_long(seed, world):
 
 
 def test_memory_that_torch_frees_is_not_fetched_from_the_system_again():
-    """Counted in page faults of a process that makes and drops 80 MB again and again."""
+    """80 MB made and dropped again and again fault in anew, but not after rankc.start."""
     code = (
         "import resource, sys; sys.path.insert(0, sys.argv[1]); import torch, rankc\n"
-        "if sys.argv[2] == 'reuse': rankc.reuse_memory()\n"
+        "if sys.argv[2] == 'reuse': rankc.start('cpu')\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for n in range(12):\n"
         "    if n == 6: begun = faults()\n"
