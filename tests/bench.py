@@ -3,7 +3,8 @@
 A random 135M Llama (SmolLM2's shape), or --size, or --model DIR, and the same questions, in one
 run: this program against the plain way, which pads a row for each prompt and answer, 16 at a time
 (8 of mmmlu's), computes the logits of every token, and keeps the reference model in the step. Each
-way runs in a process of its own, in turn with the other; medians (min - max).
+way runs in a process of its own, in turn with the other; medians (min - max). On CPUs this program
+has glibc keep freed memory (rankc.reuse_memory); with --reuse the plain way has it too.
 
     bmlama      lengths as BMLAMA's in English and Spanish: 4 to 17 tokens, ten answers of 1 to 10
     mmmlu       prompts of 250 to 350 tokens, four letters
@@ -15,8 +16,8 @@ way runs in a process of its own, in turn with the other; medians (min - max).
     evaluation  log-probs of all answers, by rankc.score; train.py's own reference pass is this one
 
 Tokens are counted against the fewest: each prompt once a language, each answer less its last token.
-"bare" are the matrix products alone of a model's layers and head, forward (and backward) at as many
-tokens, on matrices that stay in the cache: what the machine can do at most.
+Utilisation: the time of the matrix products alone, of a model's layers and head for as many tokens,
+each the best of five, by that of forward (and backward).
 
     --processes step with 2 processes of one thread against one process of one thread
     --scale     the measures for 17 languages and 100,000 questions; a million questions to load
@@ -27,6 +28,7 @@ tokens, on matrices that stay in the cache: what the machine can do at most.
 import argparse
 import copy
 import json
+import math
 import os
 import random
 import statistics
@@ -176,7 +178,11 @@ def seconds(work) -> float:
 
 def plain(model, trees: list[data.Tree], rows: int) -> torch.Tensor:
     """A padded row for each prompt and answer, all logits, as is commonly done: (answers,)."""
-    texts = [(tree.prefix, branch) for tree in trees for branch in tree.branches]
+    texts = [
+        (tree.prefix + branch[: tree.lead], branch[tree.lead :])
+        for tree in trees
+        for branch in tree.branches
+    ]
     scores = []
     for first in range(0, len(texts), rows):
         some = texts[first : first + rows]
@@ -250,10 +256,16 @@ class Bench:
         some = self.questions[: arguments.questions]
         self.encoding = seconds(lambda: data.encode(tokenizer, some, arguments.langs))
         self.spent, self.fed = Counter(), 0
-        self.model.register_forward_pre_hook(self.count, with_kwargs=True)
+        if not dco.packs_exactly(self.model, [row[0] for row in self.trees[:2]]):
+            sys.exit("this model does not score packed questions as it scores separate ones")
 
-    def count(self, _, __, kwargs) -> None:
-        self.fed += kwargs["input_ids"].numel()
+    def count(self, model) -> None:
+        """Count the tokens that a model is fed."""
+
+        def add(_, __, kwargs):
+            self.fed += kwargs["input_ids"].numel()
+
+        model.register_forward_pre_hook(add, with_kwargs=True)
 
     def items(self):
         """The items of each step, without end, as train.py draws them."""
@@ -282,7 +294,7 @@ class Bench:
 
     def packed_steps(self, turns) -> None:
         """A step by train.optimise whenever `turns` yields; it is sent the trees and the time."""
-        taken, drawn = [], self.items()
+        drawn = self.items()
 
         def steps():
             for report in turns:
@@ -294,18 +306,19 @@ class Bench:
                 spent = time.perf_counter() - begun
                 report([tree for item in items for tree in item.trees], spent)
 
-        nothing = lambda line: taken.append(line)  # noqa: E731
-        train.optimise(self.model, steps(), 10**6, self.config, True, nothing)
+        train.optimise(self.model, steps(), 10**6, self.config, True, lambda line: None)
 
     def plain_steps(self, turns) -> None:
         """The same items with the reference model in the step."""
         reference, drawn = copy.deepcopy(self.model).requires_grad_(False), self.items()
+        self.count(reference)
+        self.count(self.model)
         weights, config = list(self.model.parameters()), self.config
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
         gamma = rankc.gamma_matrix(config, lambda *_: None)
 
         def step(items):
-            each = self.rows // 2 // len(config.langs)  # questions at once
+            each = max(1, self.rows // 2 // len(config.langs))  # questions at once
             for first in range(0, len(items), each):
                 some = items[first : first + each]
                 trees = [tree for item in some for tree in item.trees]
@@ -367,12 +380,25 @@ class Bench:
             })  # fmt: skip
 
         if stage != "step":
+            self.count(self.model)
             self.judge(way, stage, turns())
         elif way == "plain":
             self.plain_steps(turns())
         else:
+            self.count(self.model)
             self.time_parts()
             self.packed_steps(turns())
+
+
+def work(arguments, shape: str, stage: str, way: str) -> None:
+    """A worker of `compare`: one way through one stage."""
+    if way == "packed":
+        rankc.start(arguments.device)
+    elif arguments.reuse:
+        rankc.reuse_memory()
+    pipe = sys.stdout
+    reply = lambda found: print(json.dumps(found), file=pipe, flush=True)  # noqa: E731
+    quietly(lambda: Bench(arguments, shape).work(way, stage, reply))
 
 
 def quietly(work):
@@ -384,10 +410,11 @@ def compare(arguments, shape: str) -> None:
     """Every stage of one shape: both ways in turn, and how far this program is from the floor."""
     ways = ["packed"] if arguments.only else ["packed", "plain"]
     for stage in arguments.stages:
+        errors = tempfile.TemporaryFile("w+")
         workers = {
             way: subprocess.Popen(
                 [sys.executable, __file__, *sys.argv[1:], "--work", shape, stage, way],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
             for way in ways
         }  # fmt: skip
         found = {way: [] for way in ways}
@@ -395,9 +422,8 @@ def compare(arguments, shape: str) -> None:
             for way, worker in workers.items():
                 print(file=worker.stdin, flush=True)
                 if not (line := worker.stdout.readline()):
-                    sys.exit(
-                        f"{shape}, {stage}: {way} has ended; alone: --work {shape} {stage} {way}"
-                    )
+                    errors.seek(0)
+                    sys.exit(f"{shape}, {stage}: the {way} way has ended\n{errors.read()}")
                 found[way].append(json.loads(line))
         for worker in workers.values():
             worker.stdin.close()
@@ -437,12 +463,10 @@ def show(arguments, shape: str, stage: str, found: dict[str, list[dict]]) -> Non
             for part in ("forward", "backward", "optimizer")
         }
         computing = parts["forward"] + parts["backward"]
-        parts["tokenising"] = mine[0]["encoding"]  # before the first step, once a question
         parts["everything else"] = whole - computing - parts["optimizer"]
-        print(
-            "  parts    "
-            + ", ".join(f"{part} {t:.3f} s ({t / whole:.1%})" for part, t in parts.items())
-        )
+        shares = [f"{part} {t:.3f} s ({t / whole:.1%})" for part, t in parts.items()]
+        shares.append(f"tokenising, before the first step, {mine[0]['encoding']:.3f} s")
+        print(f"  parts    {', '.join(shares)}")
     on_gpu, size = arguments.device == "cuda", Shape(*mine[0]["size"])
     computed = torch.bfloat16 if on_gpu else getattr(torch, arguments.dtype)
     floor = statistics.mean(
@@ -451,8 +475,8 @@ def show(arguments, shape: str, stage: str, found: dict[str, list[dict]]) -> Non
     )
     work = (3 if step else 1) * statistics.mean(turn["flops"] for turn in mine)
     print(
-        f"  products {work / 1e9:.1f} GFLOP at {work / computing / 1e9:.0f} GFLOP/s; bare "
-        f"{work / floor / 1e9:.0f} GFLOP/s: utilisation {floor / computing:.0%}",
+        f"  flops    {work / 1e9:.1f} G at {work / computing / 1e9:.0f} GFLOP/s; products alone "
+        f"{floor:.3f} of {computing:.3f} s: utilisation {floor / computing:.0%}",
         flush=True,
     )
 
@@ -466,17 +490,14 @@ def resident(name: str) -> int:
 # ------------------------------------------------------------------------------------ processes
 
 
-def launch(arguments, processes: int, *more: str):
+def launch(processes: int, *more: str):
     """What the first of so many processes, of one thread each, prints last, as JSON."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), __file__, "--device", arguments.device]
-    command += ["--model", arguments.model] * bool(arguments.model)
-    done = subprocess.run(
-        [*command, "--size", arguments.size, *more],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command += ["--nproc_per_node", str(processes), __file__, *sys.argv[1:], *more]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if "--memory-of" in more:
+        one_thread["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is given back
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -492,11 +513,13 @@ def times_of(bench: Bench, number: int) -> list[float]:
 
 def processes_of(arguments) -> None:
     """In each process: seconds of steps, of steps without the exchange, of the exchange alone."""
-    bench, found, replicate = Bench(arguments, *arguments.shapes), [], train.replicate
-    for train.replicate in (replicate, lambda model, *_: model):
-        found.append(times_of(bench, arguments.repeat + 1)[1:])
-    gradients = torch.zeros(sum(weight.numel() for weight in bench.model.parameters()))
-    found.append([seconds(lambda: dist.all_reduce(gradients.to(bench.device))) for _ in range(3)])
+    bench, found = Bench(arguments, *arguments.shapes), []
+    found.append(times_of(bench, arguments.repeat + 1)[1:])
+    train.replicate = lambda model, *_: model  # each process for itself
+    found.append(times_of(bench, arguments.repeat + 1)[1:])
+    size = sum(weight.numel() for weight in bench.model.parameters())
+    gradients = torch.zeros(size, device=bench.device)
+    found.append([seconds(lambda: dist.all_reduce(gradients)) for _ in range(4)][1:])
     if dist.get_rank() == 0:
         print(json.dumps(found))
 
@@ -506,12 +529,9 @@ def processes(arguments, shape: str) -> None:
     times = {"one process, one thread": [], "two, one thread each": [],
              "two, gradients not exchanged": [], "the exchange alone": []}  # fmt: skip
     for _ in range(3):
-        one, two = (
-            launch(arguments, n, "--processes-of", "--shapes", shape, "--repeat", "6")
-            for n in (1, 2)
-        )
-        for all, some in zip(times.values(), (one[0], *two), strict=True):
-            all += some
+        one, two = (launch(n, "--processes-of", "--shapes", shape, "--repeat", "6") for n in (1, 2))
+        for each, some in zip(times.values(), (one[0], *two), strict=True):
+            each += some
     for name, each in times.items():
         middle = statistics.median(each)
         print(f"{shape}: {name:28} {middle:.3f} s ({min(each):.3f} - {max(each):.3f})")
@@ -528,8 +548,6 @@ def processes(arguments, shape: str) -> None:
 
 def brute_force(a: list[float], b: list[float]) -> float:
     """RankC of a question as App. I writes it."""
-    import math
-
     N = len(a)
     first, second = (sorted(range(N), key=lambda k: (-s[k], k)) for s in (a, b))
     weights = [math.exp(N - j) for j in range(1, N + 1)]
@@ -542,7 +560,7 @@ def scale_measures() -> None:
     torch.set_num_threads(1)
     print("every measure of rankc.measure, 10 candidates, one thread")
     empty = resident("VmRSS")
-    for L, Q in ((17, 25_000), (17, 50_000), (17, 100_000), (8, 100_000), (4, 100_000)):
+    for L, Q in ((4, 100_000), (8, 100_000), (17, 25_000), (17, 50_000), (17, 100_000)):
         scores, langs = torch.randn(L, Q, 10), [str(n) for n in range(L)]
         spent = seconds(lambda: rankc.measure(scores, scores, [0] * Q, langs))
         sample = random.Random(0).sample(range(Q), 20)
@@ -625,9 +643,9 @@ def need(shape: Shape, processes: int, shard: bool, tokens: int, scored: int, si
     return states + activations
 
 
-def memory_of(arguments, way: str) -> None:
+def memory_of(arguments) -> None:
     """Measure one process of two: GiB at most after its model is there; printed by the first."""
-    device, world = torch.device(arguments.device), dist.get_world_size()
+    device, world, way = torch.device(arguments.device), dist.get_world_size(), arguments.memory_of
     model, tokenizer = make(arguments)
     if way == "shard":
         train.shard(model, device)
@@ -661,11 +679,11 @@ def memory_of(arguments, way: str) -> None:
 def memory(arguments) -> None:
     """Two processes measured; then GPUs by formula."""
     for processes, way in ((1, "replicate"), (2, "replicate"), (2, "shard")):
-        used, tokens, scored = launch(arguments, processes, "--memory-of", way)
-        formula = need(SIZES["135M"], processes, way == "shard", tokens, scored, 4) / 2**30
+        used, tokens, scored = launch(processes, "--memory-of", way)
+        formula = need(SIZES[arguments.size], processes, way == "shard", tokens, scored, 4) / 2**30
         print(
-            f"135M, {tokens} tokens a step, {way} over {processes}: {used:.2f} GiB a process at "
-            f"most, by formula {formula:.2f}",
+            f"{arguments.size}, {tokens} tokens a step, {way} over {processes}: at most {used:.2f} "
+            f"GiB a process, by formula {formula:.2f}",
             flush=True,
         )
     print("\nGPUs by formula, --shard --gradient_checkpointing, 2048 tokens at once, all scored")
@@ -687,11 +705,12 @@ def largest(arguments, shape: str) -> None:
     bench = Bench(arguments, shape)
     tokens, fits = arguments.max_tokens, 0
     while True:
-        share = sum(tree.tokens() for row in bench.trees for tree in row) / len(bench.trees)
-        number = max(1, round(tokens / share))
+        pairs = [tree._replace(branches=tree.branches[:2]) for row in bench.trees for tree in row]
+        number = 1 + 2 * tokens * len(bench.trees) // sum(tree.tokens() for tree in pairs)
         bench.config = replace(bench.config, max_tokens=tokens, batch_questions=number)
         times = max(1, number // len(bench.trees) + 1)
         bench.questions, bench.trees = bench.questions * times, bench.trees * times
+        torch.cuda.reset_peak_memory_stats()
         try:
             times_of(bench, 2)
         except torch.OutOfMemoryError:
@@ -714,13 +733,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="", help="folder of a causal language model")
+    add("--model", default="", help="folder of a causal language model, dense and like Llama")
     add("--size", default="135M", choices=SIZES, help="else random weights of this size")
     add("--data", default="", help="real questions, as train.py takes them")
     add("--langs", nargs="+", default=["en", "es"])
     add("--shapes", nargs="+", default=list(JUDGED), choices=JUDGED)
     add("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    add("--only", action="store_true", help="this program alone, without the plain way")
+    add("--only", action="store_true", help="without the plain way, which needs memory beside it")
+    add("--reuse", action="store_true", help="the plain way keeps freed memory too")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     add("--checkpointing", action="store_true", help="gradient checkpointing")
@@ -735,46 +755,39 @@ def main() -> None:
     add("--memory-of", help=argparse.SUPPRESS)
     add("--processes-of", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.largest and arguments.device != "cuda":
-        parser.error("--largest fills a GPU's memory; there is none here")
-    if arguments.memory:
-        return memory(arguments)
-    if arguments.processes:
-        for shape in arguments.shapes:
-            processes(arguments, shape)
-        return
+    if arguments.largest and (arguments.device != "cuda" or len(arguments.shapes) > 1):
+        parser.error("--largest fills a GPU's memory with one of --shapes")
+    if arguments.checkpointing and not (arguments.only or arguments.largest):
+        parser.error("--checkpointing goes with --only: the plain way has none")
+    if arguments.work:
+        return work(arguments, *arguments.work)
+    if arguments.memory_of or arguments.processes_of:
+        if arguments.memory_of:
+            rankc.reuse_memory = lambda: None  # what is freed is to be seen as such
+        rankc.start(arguments.device)
+        part_of = memory_of if arguments.memory_of else processes_of
+        part_of(arguments)
+        dist.barrier()
+        return dist.destroy_process_group()
+    rankc.reuse_memory()
     if arguments.scale:
         scale_measures()
         return scale_data()
-    if not (arguments.work or arguments.memory_of or arguments.processes_of or arguments.largest):
-        name = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
-        print(
-            f"{arguments.model or arguments.size}, {arguments.dtype}, {name}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of "
-            f"{arguments.repeat} (min - max)",
-            flush=True,
-        )
-        for shape in ["--data"] if arguments.data else arguments.shapes:
-            compare(arguments, shape)
-        return
-    if arguments.work:
-        shape, stage, way = arguments.work
-        if way == "packed":
-            rankc.start(arguments.device)
-        pipe = sys.stdout
-        quietly(lambda: Bench(arguments, shape).work(
-            way, stage, lambda found: print(json.dumps(found), file=pipe, flush=True)))  # fmt: skip
-        return
-    rankc.start(arguments.device)
-    if arguments.memory_of:
-        memory_of(arguments, arguments.memory_of)
-    elif arguments.processes_of:
-        processes_of(arguments)
-    else:
-        for shape in arguments.shapes:
-            largest(arguments, shape)
-    dist.barrier()
-    dist.destroy_process_group()
+    if arguments.memory:
+        return memory(arguments)
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
+    print(
+        f"{arguments.model or arguments.size}, {arguments.dtype}, {name}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians (min - max)",
+        flush=True,
+    )
+    if arguments.largest:
+        rankc.start(arguments.device)
+    mode = largest if arguments.largest else processes if arguments.processes else compare
+    for shape in ["data"] if arguments.data else arguments.shapes:
+        mode(arguments, shape)
+    if arguments.largest:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ import random
 import subprocess
 import sys
 
-import bench
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import data
 import dco
 import train
