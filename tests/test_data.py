@@ -730,8 +730,11 @@ def test_the_published_xcsqa_loads_in_one_language_and_its_permuted_pairs_are_re
 
 
 def test_many_questions_are_tokenised_as_each_alone_and_the_last_is_checked_too():
-    questions = questions_with(300)
-    tokenizer = tiny_tokenizer(" ".join(question.prompts["en"] for question in questions))
+    questions = [
+        replace(question, prompts={"en": f"The number after {n} is"})
+        for n, question in enumerate(questions_with(300))
+    ]
+    tokenizer = tiny_tokenizer("The number after 1 is 2. The number after 3 is 4.")
     for whole in (False, True):
         together = data.encode(tokenizer, questions, ["en"], whole=whole)
         alone = [
