@@ -4,6 +4,7 @@ Covers the data sets of section 5 and App. H. Leaves out scores (rankc.py) and b
 (train.py). A question asks the same thing in every language and offers the same answers, in the
 same order, in each; "languages" may be any views of a question, such as paraphrases of its prompt.
 """
+
 import csv
 import hashlib
 import json
@@ -80,8 +81,9 @@ def check(question: Question, langs: list[str], where: str) -> None:
 
     counts = {}
     for lang in langs:
-        text = "".join([question.id, question.subject, question.prompts[lang],
-                        *question.answers[lang]])
+        text = "".join(
+            [question.id, question.subject, question.prompts[lang], *question.answers[lang]]
+        )
         if re.search("[\0\ud800-\udfff]", text):
             refuse(f"its text in {lang!r} holds NUL or half a surrogate pair: the file is damaged")
         if not question.prompts[lang].strip():
@@ -110,8 +112,9 @@ def reading(path: Path):
         raise InputError(f"{path}: {error.strerror}") from error
 
 
-def rows(path: Path, names: list[str], skip: int = 0, delimiter: str = ","
-         ) -> Iterator[tuple[str, list[str]]]:
+def rows(
+    path: Path, names: list[str], skip: int = 0, delimiter: str = ","
+) -> Iterator[tuple[str, list[str]]]:
     """Each row of a CSV file after the first `skip` and where it begins; a field for each name."""
     with reading(path) as file:
         reader, line = csv.reader(file, delimiter=delimiter, strict=True), 1
@@ -121,8 +124,9 @@ def rows(path: Path, names: list[str], skip: int = 0, delimiter: str = ","
                 if number < skip:
                     continue
                 if len(row) != len(names):
-                    raise InputError(f"{where}: {len(row)} fields, not {len(names)}: "
-                                     f"{', '.join(names)}")
+                    raise InputError(
+                        f"{where}: {len(row)} fields, not {len(names)}: {', '.join(names)}"
+                    )
                 yield where, row
         except csv.Error as error:
             raise InputError(f"{path}, line {line}: {error}") from error
@@ -154,14 +158,17 @@ def fetch(kind: str, place: str, wanted: list[str]) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
         raise InputError(f"{place}: no such folder")
     import huggingface_hub
+
     try:
-        return Path(huggingface_hub.snapshot_download(place, repo_type="dataset",
-                                                      allow_patterns=wanted))
+        return Path(
+            huggingface_hub.snapshot_download(place, repo_type="dataset", allow_patterns=wanted)
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"{place} is no folder here, and the hub does not give it. Wanted were the files "
             f"{', '.join(wanted)} of that dataset; put a copy in a folder and say {kind}:FOLDER. "
-            f"({' '.join(str(error).split())})") from error
+            f"({' '.join(str(error).split())})"
+        ) from error
 
 
 def atlas() -> list[dict[str, str]]:
@@ -189,12 +196,17 @@ def load_atlas(place: str, langs: list[str], say) -> Loaded:
             rng = random.Random(f"{relation}-{country}")
             chosen = [fact, *rng.sample([row for row in values if row["en"] != fact["en"]], 5)]
             rng.shuffle(chosen)
-            yield f"atlas.tsv, {country}", Question(
-                id=f"{relation}-{country}",
-                subject=relation,
-                gold=chosen.index(fact),
-                prompts={lang: template[lang].replace("{}", of[country][lang]) for lang in langs},
-                answers={lang: tuple(" " + row[lang] for row in chosen) for lang in langs},
+            yield (
+                f"atlas.tsv, {country}",
+                Question(
+                    id=f"{relation}-{country}",
+                    subject=relation,
+                    gold=chosen.index(fact),
+                    prompts={
+                        lang: template[lang].replace("{}", of[country][lang]) for lang in langs
+                    },
+                    answers={lang: tuple(" " + row[lang] for row in chosen) for lang in langs},
+                ),
             )
 
 
@@ -217,8 +229,10 @@ def load_bmlama(place: str, langs: list[str], say) -> Loaded:
         fields = ["sentence", "answer", "candidates", "subject"]  # header of zh.tsv: a stray tab
         tables[lang] = list(rows(path, fields, skip=1, delimiter="\t"))
         if len(tables[lang]) != len(tables[langs[0]]):
-            raise InputError(f"{path}: {len(tables[lang])} rows, but {langs[0]}.tsv has "
-                             f"{len(tables[langs[0]])}; line n must be the same question in both")
+            raise InputError(
+                f"{path}: {len(tables[lang])} rows, but {langs[0]}.tsv has "
+                f"{len(tables[langs[0]])}; line n must be the same question in both"
+            )
     opening = 0
     for line, aligned in enumerate(zip(*tables.values()), 2):
         prompts, answers, golds = {}, {}, {}
@@ -237,10 +251,13 @@ def load_bmlama(place: str, langs: list[str], say) -> Loaded:
             continue
         same = set.intersection(*golds.values())
         if not same and len({len(a) for a in answers.values()}) == 1:
-            other = next((n for n, lang in enumerate(langs)
-                          if not golds[lang] & golds[langs[0]]), -1)
-            raise InputError(f"{aligned[other][0]}: the answer is another candidate than in "
-                             f"{langs[0]}: they are not parallel")
+            other = next(
+                (n for n, lang in enumerate(langs) if not golds[lang] & golds[langs[0]]), -1
+            )
+            raise InputError(
+                f"{aligned[other][0]}: the answer is another candidate than in "
+                f"{langs[0]}: they are not parallel"
+            )
         subject, gold = aligned[0][1][3], min(same, default=None)
         yield aligned[-1][0], Question(str(line), subject, gold, prompts, answers)
     if opening:
@@ -276,15 +293,21 @@ def align(place: str, tables: dict[str, dict[str, Row]], say, most: float) -> Lo
     differ = {i for i in known if len(keys[i]) > 1}
     if len(differ) > most * len(known):
         example = next(i for i in known if i in differ)
-        letters = "; ".join(f"{lang} {table[example].key} ({table[example].where})"
-                            for lang, table in tables.items())
-        raise InputError(f"{place}: the right letter of {len(differ)} of {len(known)} questions "
-                         f"differs between languages, as of {example!r}: {letters}. Options or "
-                         "rows stand in another order, so letters are no parallel answers; give "
-                         "an aligned copy")
+        letters = "; ".join(
+            f"{lang} {table[example].key} ({table[example].where})"
+            for lang, table in tables.items()
+        )
+        raise InputError(
+            f"{place}: the right letter of {len(differ)} of {len(known)} questions "
+            f"differs between languages, as of {example!r}: {letters}. Options or "
+            "rows stand in another order, so letters are no parallel answers; give "
+            "an aligned copy"
+        )
     if len(known) < len(shared):
-        say(f"{place}: {len(shared) - len(known)} questions lack an answer key: they count for "
-            "consistency, not for accuracy, and nothing shows whether their options are parallel")
+        say(
+            f"{place}: {len(shared) - len(known)} questions lack an answer key: they count for "
+            "consistency, not for accuracy, and nothing shows whether their options are parallel"
+        )
     if differ:
         say(f"{place}: dropped {len(differ)} questions in all languages: their answer keys differ")
     for i in shared:
@@ -297,7 +320,7 @@ def align(place: str, tables: dict[str, dict[str, Row]], say, most: float) -> Lo
                 raise InputError(f"{where}: the question {i!r} is empty")
             lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
             prompts[lang] = "\n".join([question.strip(), *lettered, "Answer:"])
-            answers[lang] = tuple(f" {letter}" for letter in LETTERS[:len(options)])
+            answers[lang] = tuple(f" {letter}" for letter in LETTERS[: len(options)])
         gold = None if "" in keys[i] else LETTERS.index(*keys[i])
         yield where, Question(i, subject, gold, prompts, answers)
 
@@ -329,12 +352,17 @@ def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
             sources = files.get(lang.lower(), {})
             if not sources:
                 hint = "; English is the original MMLU, its CSV files or data.tar in the folder"
-                raise InputError(f"{place} has no language {lang!r} that was found; it has "
-                                 f"{', '.join(sorted(files)) or 'no ' + ' and no '.join(wanted)}"
-                                 + hint * (lang == "en"))
+                raise InputError(
+                    f"{place} has no language {lang!r} that was found; it has "
+                    f"{', '.join(sorted(files)) or 'no ' + ' and no '.join(wanted)}"
+                    + hint
+                    * (lang == "en")
+                )
             if len(sources) > 1:
-                raise InputError(f"{place} has {lang!r} more than once: {' and '.join(sources)}; "
-                                 "name the locale, or keep one")
+                raise InputError(
+                    f"{place} has {lang!r} more than once: {' and '.join(sources)}; "
+                    "name the locale, or keep one"
+                )
             ((source, parts),) = sources.items()
             if (twin := taken.setdefault(source, lang)) != lang:
                 raise InputError(f"--langs: {twin} and {lang} are both {source}")
@@ -348,7 +376,8 @@ def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
                 if sizes[lang][subject] != sizes[langs[0]][subject]:
                     raise InputError(
                         f"{place}: {subject} has {sizes[lang][subject]} rows in {lang}, "
-                        f"{sizes[langs[0]][subject]} in {langs[0]}; row n must be one question")
+                        f"{sizes[langs[0]][subject]} in {langs[0]}; row n must be one question"
+                    )
         yield from align(place, tables, say, most=0.5)  # of unrelated rows three in four differ
 
 
@@ -381,12 +410,17 @@ def mmlu_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
         if not numbered or list(numbered.pop(0)[2:]) != names[1:]:
             raise InputError(f"{path}, line 1: the header is not {', '.join(names)}")
     else:
-        numbered = [(where, str(n), *row, subject) for n, (where, row) in
-                    enumerate(rows(path, ["question", *letters, "letter of the answer"]))]
+        numbered = [
+            (where, str(n), *row, subject)
+            for n, (where, row) in enumerate(
+                rows(path, ["question", *letters, "letter of the answer"])
+            )
+        ]
     for where, n, question, *options, key, subject in numbered:
         if not n.isdigit() or key.strip() not in letters:
-            raise InputError(f"{where}: row {n!r} with answer {key!r}: wanted are a number and one "
-                             "of A, B, C, D")
+            raise InputError(
+                f"{where}: row {n!r} with answer {key!r}: wanted are a number and one of A, B, C, D"
+            )
         yield f"{subject}/{n}", Row(where, subject, question, options, key.strip())
 
 
@@ -416,9 +450,11 @@ def load_xcsqa(place: str, langs: list[str], say) -> Loaded:
     for lang in langs:
         if (lang, part) not in found:
             there = sorted({name for name, stem in found if stem == part}) or [
-                "no X-CSQA/<lang>/dev.jsonl; unpack the authors' xcsr_datasets.zip and name that"]
-            raise InputError(f"{place} has no language {lang!r} ({lang}/dev.jsonl); it has "
-                             f"{', '.join(there)}")
+                "no X-CSQA/<lang>/dev.jsonl; unpack the authors' xcsr_datasets.zip and name that"
+            ]
+            raise InputError(
+                f"{place} has no language {lang!r} ({lang}/dev.jsonl); it has {', '.join(there)}"
+            )
         tables[lang] = unique(xcsqa_rows(found[lang, part]))
     yield from align(place, tables, say, most=0.01)
 
@@ -432,13 +468,17 @@ def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
             labels, options = zip(*((c["label"], c["text"]) for c in question["choices"]))
             row = Row(where, "", question["stem"], list(options), key)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: not a question of X-CSQA: id, question with stem and "
-                             "choices with label and text, answerKey") from error
+            raise InputError(
+                f"{where}: not a question of X-CSQA: id, question with stem and "
+                "choices with label and text, answerKey"
+            ) from error
         if not all(isinstance(text, str) for text in (id, row.question, key, *labels, *options)):
             raise InputError(f"{where}: id, stem, labels, texts and answerKey must be strings")
-        if labels != tuple(LETTERS[:len(labels)]) or key and key not in labels:
-            raise InputError(f"{where}: question {id!r}: choices {', '.join(labels)} with answer "
-                             f"{key!r}: wanted are A, B, C, ... and one of them")
+        if labels != tuple(LETTERS[: len(labels)]) or key and key not in labels:
+            raise InputError(
+                f"{where}: question {id!r}: choices {', '.join(labels)} with answer "
+                f"{key!r}: wanted are A, B, C, ... and one of them"
+            )
         yield id, row
 
 
@@ -447,24 +487,35 @@ def load_jsonl(place: str, langs: list[str], say) -> Loaded:
     path, lines = Path(place), {}
     same = lru_cache(2**16)(str)  # of the last 65,536 answers, those that are equal are kept once
     for number, (where, fields) in enumerate(json_lines(path), 1):
-        wanted = {"id": (str, int), "subject": str, "gold": (int, type(None)), "prompts": dict,
-                  "answers": dict}
+        wanted = {
+            "id": (str, int),
+            "subject": str,
+            "gold": (int, type(None)),
+            "prompts": dict,
+            "answers": dict,
+        }
         given = {"subject": "", "gold": None, **fields} if isinstance(fields, dict) else {}
         for name, kind in wanted.items():
             value = given.get(name, False)
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise InputError(f"{where}: field {name!r} is missing or of another type; "
-                                 "the README shows a line")
+                raise InputError(
+                    f"{where}: field {name!r} is missing or of another type; "
+                    "the README shows a line"
+                )
         for lang in langs:
             if lang not in given["prompts"] or lang not in given["answers"]:
-                raise InputError(f"{where}: question {given['id']!r} has nothing in language "
-                                 f"{lang!r}; it has {', '.join(given['prompts']) or 'none'}")
+                raise InputError(
+                    f"{where}: question {given['id']!r} has nothing in language "
+                    f"{lang!r}; it has {', '.join(given['prompts']) or 'none'}"
+                )
         prompts = {lang: given["prompts"][lang] for lang in langs}
         answers = {lang: given["answers"][lang] for lang in langs}
         if not all(isinstance(prompt, str) for prompt in prompts.values()):
             raise InputError(f"{where}: prompts must hold a string for each language")
-        if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-                   for texts in answers.values()):
+        if not all(
+            isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+            for texts in answers.values()
+        ):
             raise InputError(f"{where}: answers must hold a list of strings for each language")
         id, subject = str(given["id"]), same(given["subject"])
         answers = {lang: tuple(map(same, texts)) for lang, texts in answers.items()}
@@ -473,16 +524,26 @@ def load_jsonl(place: str, langs: list[str], say) -> Loaded:
         yield where, Question(id, subject, given["gold"], prompts, answers)
 
 
-LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu, "xcsqa": load_xcsqa,
-           "jsonl": load_jsonl}
+LOADERS = {
+    "atlas": load_atlas,
+    "bmlama": load_bmlama,
+    "mmmlu": load_mmmlu,
+    "xcsqa": load_xcsqa,
+    "jsonl": load_jsonl,
+}
 TRAIN_QUESTIONS = {"atlas": 160, "bmlama": 5000, "mmmlu": 5000, "xcsqa": 800}  # App. H, Table 4
 
 # ---------------------------------------------------------------------- split and sampling (App. H)
 
 
-def split(questions: list[Question], train: int | None, test: int | None, seed: int,
-          train_subjects: Collection[str] = (), test_subjects: Collection[str] = ()
-          ) -> tuple[list[Question], list[Question]]:
+def split(
+    questions: list[Question],
+    train: int | None,
+    test: int | None,
+    seed: int,
+    train_subjects: Collection[str] = (),
+    test_subjects: Collection[str] = (),
+) -> tuple[list[Question], list[Question]]:
     """The first `train` and the next `test` questions (None: all) in an order drawn by seed.
 
     Where subjects are named (section 6.3), each part takes its own; where they are named for one
@@ -493,22 +554,35 @@ def split(questions: list[Question], train: int | None, test: int | None, seed: 
     there = sorted({q.subject for q in questions})
     for subject in (*train_subjects, *test_subjects):
         if subject not in there:
-            raise InputError(f"there is no subject {subject!r}; there are {', '.join(there[:60])}"
-                             + ", ..." * (len(there) > 60))
-    pool = [q for q in order if (q.subject in train_subjects if train_subjects
-                                 else q.subject not in test_subjects)]
+            raise InputError(
+                f"there is no subject {subject!r}; there are {', '.join(there[:60])}"
+                + ", ..." * (len(there) > 60)
+            )
+    pool = [
+        q
+        for q in order
+        if (q.subject in train_subjects if train_subjects else q.subject not in test_subjects)
+    ]
     chosen = pool[:train]
     taken = {q.id for q in chosen}
-    rest = [q for q in order if q.id not in taken and
-            (q.subject in test_subjects if test_subjects else q.subject not in train_subjects)]
+    rest = [
+        q
+        for q in order
+        if q.id not in taken
+        and (q.subject in test_subjects if test_subjects else q.subject not in train_subjects)
+    ]
     if min(train or 0, test or 0) < 0 or (train or 0) > len(pool) or (test or 0) > len(rest):
         asked = ["all" if number is None else number for number in (train, test)]
-        raise InputError(f"{asked[0]} training and {asked[1]} held-out questions asked for, but "
-                         f"there are {len(pool)} to train on and then {len(rest)} others")
+        raise InputError(
+            f"{asked[0]} training and {asked[1]} held-out questions asked for, but "
+            f"there are {len(pool)} to train on and then {len(rest)} others"
+        )
     for subject in test_subjects:
         if not any(q.subject == subject for q in rest[:test]):
-            raise InputError(f"no question of {subject!r} is left to report on: all are trained on,"
-                             " or --test_questions is too small")
+            raise InputError(
+                f"no question of {subject!r} is left to report on: all are trained on,"
+                " or --test_questions is too small"
+            )
     return chosen, rest[:test]
 
 
@@ -534,8 +608,13 @@ class Tree(NamedTuple):
         return own + len(self.prefix) * (1 if packed else len(self.branches))
 
 
-def encode(tokenizer, questions: list[Question], langs: list[str], context: int | None = None,
-           whole: bool = False) -> list[list[Tree]]:
+def encode(
+    tokenizer,
+    questions: list[Question],
+    langs: list[str],
+    context: int | None = None,
+    whole: bool = False,
+) -> list[list[Tree]]:
     """Trees, [question][language], split into prompt and answer as lm-evaluation-harness does.
 
     Spaces that end the prompt go to the answer. encode(prompt + answer) is what is fed; what lies
@@ -546,17 +625,20 @@ def encode(tokenizer, questions: list[Question], langs: list[str], context: int 
     """
     some = 256
     if len(questions) > some:  # a tokenizer's own lists are ten times what is kept
-        return [trees for first in range(0, len(questions), some) for trees in
-                encode(tokenizer, questions[first:first + some], langs, context, whole)]
+        return [
+            trees
+            for first in range(0, len(questions), some)
+            for trees in encode(tokenizer, questions[first : first + some], langs, context, whole)
+        ]
     bos = tokenizer.bos_token_id
     bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     texts, blanks = [], []
     for question in questions:
         for lang in langs:
             prompt = question.prompts[lang].rstrip()
-            spaces = question.prompts[lang][len(prompt):]
+            spaces = question.prompts[lang][len(prompt) :]
             answers = [spaces + answer for answer in question.answers[lang]]
-            blanks.append(sorted({"", *(a[:len(a) - len(a.lstrip())] for a in answers)}))
+            blanks.append(sorted({"", *(a[: len(a) - len(a.lstrip())] for a in answers)}))
             texts += [prompt + more for more in (*blanks[-1], *answers)]
     ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
     blank = iter(blanks)
@@ -568,19 +650,27 @@ def encode(tokenizer, questions: list[Question], langs: list[str], context: int 
             prompt, texts = empty[0], [bos + next(ids) for _ in question.answers[lang]]
             for k, text in enumerate(texts):
                 if text in empty:
-                    raise InputError(f"question {question.id!r}, {lang!r}: answer {k} has no token "
-                                     "of its own: the tokenizer drops its characters")
+                    raise InputError(
+                        f"question {question.id!r}, {lang!r}: answer {k} has no token "
+                        "of its own: the tokenizer drops its characters"
+                    )
             start = 1 if whole else min(len(prompt), *(len(text) - 1 for text in texts))
             if start < 1:
-                raise InputError(f"question {question.id!r}, {lang!r}: no token stands before the "
-                                 "answer to predict it; make the prompt longer")
+                raise InputError(
+                    f"question {question.id!r}, {lang!r}: no token stands before the "
+                    "answer to predict it; make the prompt longer"
+                )
             if context and (longest := max(map(len, texts))) > context:
-                raise InputError(f"question {question.id!r}, {lang!r}: {longest} tokens, but the "
-                                 f"model's context is {context}; leave the question out")
+                raise InputError(
+                    f"question {question.id!r}, {lang!r}: {longest} tokens, but the "
+                    f"model's context is {context}; leave the question out"
+                )
             shared = next((i for i in range(start) if len({text[i] for text in texts}) > 1), start)
             if not shared:
-                raise InputError(f"question {question.id!r}, {lang!r}: the answers change the "
-                                 "prompt's first token; make the prompt longer")
+                raise InputError(
+                    f"question {question.id!r}, {lang!r}: the answers change the "
+                    "prompt's first token; make the prompt longer"
+                )
             branches = [text[shared:] for text in texts]
             trees[-1].append(Tree(texts[0][:shared], branches, start - shared))
     return trees

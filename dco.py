@@ -9,6 +9,7 @@ Axes: B questions, L languages, K candidate answers; candidate k is the same ans
 language. A log-probability is in nats and *summed* over the answer's tokens, for pi(y|x) is the
 product of theirs.
 """
+
 import heapq
 from collections.abc import Sequence
 from itertools import count, repeat
@@ -152,7 +153,7 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
         stem = len(fed)
         for slot, branch in answers:  # slot: where this answer's log-prob goes in the flat result
             parents = [stem - 1, *range(len(fed), len(fed) + len(branch) - 1)]
-            scored += [*zip(parents, branch, repeat(slot))][tree.lead:]
+            scored += [*zip(parents, branch, repeat(slot))][tree.lead :]
             fed += zip(branch[:-1], count(len(tree.prefix)))
             until += [len(fed)] * (len(branch) - 1)
         until[root:root] = [len(fed)] * len(tree.prefix)  # stands before those
@@ -184,8 +185,13 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
         mask = attention_masks(config, sees, depth, weight.dtype)
 
     keep, where = column[parent].unique(return_inverse=True)
-    logits = model(input_ids=grid(token, 0), attention_mask=mask, position_ids=depth,
-                   logits_to_keep=keep.to(weight.device), use_cache=False).logits  # (rows, kept, V)
+    logits = model(
+        input_ids=grid(token, 0),
+        attention_mask=mask,
+        position_ids=depth,
+        logits_to_keep=keep.to(weight.device),
+        use_cache=False,
+    ).logits  # (rows, kept, V)
     row, where, target, slot = (x.to(weight.device) for x in (row[parent], where, target, slot))
     log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # row by row: less room
     logps = logits[row, where, target].float() - log_sum[row, where]  # (S,)
@@ -201,6 +207,7 @@ def attention_masks(config, sees: Tensor, depth: Tensor, dtype: torch.dtype):
     fail under `eager`. Layers with a sliding window see no further back than it; where a model
     mixes kinds of layers (Gemma 2 and 3, Cohere2) it takes a mask for each kind.
     """
+
     def added(allowed):
         mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]

@@ -4,6 +4,7 @@ Covers the measures of sections 5, 6.4 and 6.5 and App. I, and the forecast that
 before a step is taken. Leaves out training (train.py). A score table is (L, Q, K): languages,
 questions, candidates; a question with fewer than K has -inf in the places left, in every language.
 """
+
 import ctypes
 import gc
 import json
@@ -145,17 +146,28 @@ def guessing(sizes: list[int]) -> tuple[float, float]:
 def columns(lines: list[list[str]]) -> list[str]:
     """Lines of cells as text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in
-                                                 zip(cells, widths[1:], strict=True))]).rstrip()
-            for first, *cells in lines]
+    return [
+        "  ".join(
+            [
+                first.ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)),
+            ]
+        ).rstrip()
+        for first, *cells in lines
+    ]
 
 
 def percent(share: float | None, form: str = ".1f") -> str:
     return "" if share is None else f"{100 * share:{form}}"
 
 
-def measure_all(questions: list[data.Question], tables: dict[str, Tensor], langs: list[str],
-                rows: dict, picked: list[int] | None = None) -> dict:
+def measure_all(
+    questions: list[data.Question],
+    tables: dict[str, Tensor],
+    langs: list[str],
+    rows: dict,
+    picked: list[int] | None = None,
+) -> dict:
     """Fill `rows` with what it lacks: the measures of each table, or of the picked questions."""
     picked = list(range(len(questions))) if picked is None else picked
     rows.setdefault("questions", len(picked))
@@ -166,8 +178,9 @@ def measure_all(questions: list[data.Question], tables: dict[str, Tensor], langs
     return rows
 
 
-def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict,
-           by_subject: bool = False) -> str:
+def report(
+    splits: Splits, tables: Tables, langs: list[str], metrics: dict, by_subject: bool = False
+) -> str:
     """Measure what `metrics` does not hold yet of the tables, and write it all in per cent."""
     texts = []
     for split, questions in splits.items():
@@ -183,23 +196,35 @@ def report(splits: Splits, tables: Tables, langs: list[str], metrics: dict,
         lines = [["", "CLC", "top-1", *langs, *moved, "H right", "H wrong"]]
         for name, values in shares.items():
             nats = rows[name]["entropy"].values() if name in rows else [None, None]
-            lines.append([name, *("" if x is None else f"{100 * x:.1f}" for x in values),
-                          *("" if x is None else f"{x:.2f}" for x in nats)])
-        texts += [f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
-                  "accuracy, answers changed (Δ), per cent; entropy H, nats"]
+            lines.append(
+                [
+                    name,
+                    *("" if x is None else f"{100 * x:.1f}" for x in values),
+                    *("" if x is None else f"{x:.2f}" for x in nats),
+                ]
+            )
+        texts += [
+            f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
+            "accuracy, answers changed (Δ), per cent; entropy H, nats"
+        ]
         if len(langs) > 6:  # too wide: the languages' columns become rows below
             texts += [*columns([line[:3] + line[-2:] for line in lines]), "by language"]
             known, moving = lines[1:], lines[3:]  # of the base and of chance nothing changes
             lines = [["", *(row[0] for row in known), *(f"Δ {row[0]}" for row in moving)]] + [
                 [lang, *(row[i] for row in known), *(row[i + len(langs)] for row in moving)]
-                for i, lang in enumerate(langs, 3)]
+                for i, lang in enumerate(langs, 3)
+            ]
         texts += columns(lines)
         if len(langs) > 2:
-            texts += ["CLC of each pair; above the diagonal its change, once there is one",
-                      *columns(pairs(rows, langs))]
+            texts += [
+                "CLC of each pair; above the diagonal its change, once there is one",
+                *columns(pairs(rows, langs)),
+            ]
         if by_subject:
-            texts += ["by subject, with the change, once there is one",
-                      *columns(subjects(questions, mine, langs, rows.setdefault("subjects", {})))]
+            texts += [
+                "by subject, with the change, once there is one",
+                *columns(subjects(questions, mine, langs, rows.setdefault("subjects", {}))),
+            ]
     return "\n".join(texts)
 
 
@@ -209,21 +234,30 @@ def pairs(rows: dict, langs: list[str]) -> list[list[str]]:
     lines = [["", *langs]]
     for i, lang in enumerate(langs):
         change = [percent(new[i][j] - old[i][j], "+.1f") for j in range(i + 1, len(langs))]
-        lines.append([lang, *map(percent, old[i][:i]), "",
-                      *(change if "trained" in rows else [""] * len(change))])
+        lines.append(
+            [
+                lang,
+                *map(percent, old[i][:i]),
+                "",
+                *(change if "trained" in rows else [""] * len(change)),
+            ]
+        )
     return lines
 
 
-def subjects(questions: list[data.Question], tables: dict[str, Tensor], langs: list[str],
-             parts: dict) -> list[list[str]]:
+def subjects(
+    questions: list[data.Question], tables: dict[str, Tensor], langs: list[str], parts: dict
+) -> list[list[str]]:
     """A row for each subject (section 6.3), as cells; fills `parts` with each one's measures."""
     lines = [["subject", "questions", "CLC", *langs]]
     for subject in sorted({question.subject for question in questions}):
         picked = [q for q, question in enumerate(questions) if question.subject == subject]
         rows = measure_all(questions, tables, langs, parts.setdefault(subject, {}), picked)
         lines.append([subject, str(len(picked))])
-        old, new = ([row["clc"], *row["accuracy"].values()]
-                    for row in (rows["base"], rows.get("trained", rows["base"])))
+        old, new = (
+            [row["clc"], *row["accuracy"].values()]
+            for row in (rows["base"], rows.get("trained", rows["base"]))
+        )
         for a, b in zip(old, new, strict=True):
             change = f" {percent(b - a, '+.1f')}" if "trained" in rows and a is not None else ""
             lines[-1].append(percent(a) + change)
@@ -235,10 +269,14 @@ def write_answers(path: Path, splits: Splits, tables: Tables, langs: list[str]) 
     with open(path, "w", encoding="utf-8") as file:
         for split, questions in splits.items():
             for q, question in enumerate(questions):
-                line = {"id": question.id, "subject": question.subject, "gold": question.gold,
-                        "split": split}
+                line = {
+                    "id": question.id,
+                    "subject": question.subject,
+                    "gold": question.gold,
+                    "split": split,
+                }
                 for name, table in tables.items():
-                    nats = table[split][:, q, :question.K].tolist()
+                    nats = table[split][:, q, : question.K].tolist()
                     line[name] = dict(zip(langs, nats, strict=True))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -264,16 +302,28 @@ def read_run(folder: Path) -> Run:
         split, langs = "test" if "test" in metrics else "train", settings["langs"]
         lines = [line for line in lines if line["split"] == split]
         if len(lines) != metrics[split]["questions"]:
-            raise data.InputError(f"answers.jsonl has {len(lines)} of "
-                                  f"{metrics[split]['questions']} questions")
-        base, trained = (torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor([line[name][lang] for lang in langs]).T for line in lines],
-            batch_first=True, padding_value=-torch.inf).permute(2, 0, 1)
-            for name in ("base", "trained"))
+            raise data.InputError(
+                f"answers.jsonl has {len(lines)} of {metrics[split]['questions']} questions"
+            )
+        base, trained = (
+            torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor([line[name][lang] for lang in langs]).T for line in lines],
+                batch_first=True,
+                padding_value=-torch.inf,
+            ).permute(2, 0, 1)
+            for name in ("base", "trained")
+        )
         model = settings["model"] or f"embedded model, seed {settings['seed']}"
-        run = Run(model, f"{settings['data']}, {len(lines)} questions of the {split} split, scored "
-                  f"by {settings['score']}", langs, [line["id"] for line in lines],
-                  [line["gold"] for line in lines], base, trained)
+        run = Run(
+            model,
+            f"{settings['data']}, {len(lines)} questions of the {split} split, scored "
+            f"by {settings['score']}",
+            langs,
+            [line["id"] for line in lines],
+            [line["gold"] for line in lines],
+            base,
+            trained,
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise data.InputError(f"{folder} is not a whole run of train.py: {error!r}") from error
     for home in (Path(model), folder.parent / Path(model).name):  # there, or moved with this one
@@ -311,24 +361,31 @@ def compare(folders: list[str], markdown: bool = False) -> str:
         def shares(scores):  # of each question, in the paper's columns
             consist, right = _consist(scores), hits(scores[:, known], gold)
             others = [i for i in range(len(scores)) if i != home]
-            return (torch.stack([consist(i, j) for i, j in zip(a, b, strict=True)]).mean(0),
-                    right[home], right[others].mean(0))
+            return (
+                torch.stack([consist(i, j) for i, j in zip(a, b, strict=True)]).mean(0),
+                right[home],
+                right[others].mean(0),
+            )
 
         english = base.langs[home].upper()
         by_luck, guess = guessing((~torch.isneginf(base.base[0])).sum(-1).tolist())
-        lines = [["", "CLC_all", f"A_{english}", f"A_not{english}"],
-                 ["chance", *map(percent, [by_luck, guess, guess])],
-                 ["base", *(percent(_mean(values)) for values in shares(base.base))]]
+        lines = [
+            ["", "CLC_all", f"A_{english}", f"A_not{english}"],
+            ["chance", *map(percent, [by_luck, guess, guess])],
+            ["base", *(percent(_mean(values)) for values in shares(base.base))],
+        ]
         for name, run in runs:
             lines.append([name])
             if not torch.allclose(run.base, base.base, atol=0.05):  # nats
                 texts.append(f"note: the base of {name} scores otherwise than that of {runs[0][0]}")
             for new, old in zip(shares(run.trained), shares(run.base), strict=True):
                 change, n = new - old, len(new)
-                error = f" ± {percent(float(change.std()) / n ** 0.5)}" if n > 1 else ""
+                error = f" ± {percent(float(change.std()) / n**0.5)}" if n > 1 else ""
                 lines[-1].append(percent(_mean(change), "+.1f") + error)
-        texts.append(f"\n{base.model} on {base.about}; {' '.join(base.langs)}; per cent, changes "
-                     "with their standard errors")
+        texts.append(
+            f"\n{base.model} on {base.about}; {' '.join(base.langs)}; per cent, changes "
+            "with their standard errors"
+        )
         if markdown:
             lines.insert(1, ["---"] * 4)
             texts += ["", *(f"| {' | '.join(line)} |" for line in lines)]
@@ -347,8 +404,10 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
     reach = max(1.0, (new - old).abs().max().item())
     old.fill_diagonal_(math.nan)
     side = max(3.2, 0.5 * len(langs) + 1)
-    score, change = ({"cmap": "viridis", "vmin": 0, "vmax": 100},
-                     {"cmap": "RdBu", "vmin": -reach, "vmax": reach})  # centred at zero
+    score, change = (
+        {"cmap": "viridis", "vmin": 0, "vmax": 100},
+        {"cmap": "RdBu", "vmin": -reach, "vmax": reach},
+    )  # centred at zero
     panels = [("CLC before, per cent" if after else "CLC, per cent", old, "{:.1f}", score)]
     if after:
         panels.append(("change, points", new - old, "{:+.1f}", change))
@@ -362,8 +421,9 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
         for a, b in (~torch.eye(len(langs), dtype=torch.bool)).nonzero().tolist():
             red, green, blue, _ = image.cmap(image.norm(float(values[a, b])))
             ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-            axes.text(b, a, form.format(values[a, b]), color=ink, fontsize=8,
-                      ha="center", va="center")
+            axes.text(
+                b, a, form.format(values[a, b]), color=ink, fontsize=8, ha="center", va="center"
+            )
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.savefig(path, dpi=150)
     return True
@@ -384,30 +444,49 @@ class EvalConfig:
     """What judging and training have in common."""
 
     model: str = option("", "folder or hub name of a causal language model")
-    data: str = option("atlas", "atlas, bmlama:DIR, mmmlu:DIR, xcsqa:DIR or jsonl:FILE; for mmmlu "
-                       "and xcsqa also the hub's ORG/NAME")
+    data: str = option(
+        "atlas",
+        "atlas, bmlama:DIR, mmmlu:DIR, xcsqa:DIR or jsonl:FILE; for mmmlu "
+        "and xcsqa also the hub's ORG/NAME",
+    )
     langs: list[str] = option(["en", "fr", "es", "sw"], "languages")
     out: str = option("", "folder for what is written; must be new or empty")
     beta: float = option(1.0, "strength of the KL term (Eq. 1)")
-    trust: list[str] = option([], "LANG=WEIGHT for each language that is not to have 1; positive. "
-                              "A language trusted more moves less")
-    gamma: list[str] = option([], "instead of trust: gamma_1 gamma_2 (Eq. 6) for two languages, or "
-                              "a JSON matrix of gamma_ij (Eq. 15)")
-    train_questions: int | None = option(None, "questions in the training split, reported apart "
-                                         "(default: none, or all of --train_subjects)")
+    trust: list[str] = option(
+        [],
+        "LANG=WEIGHT for each language that is not to have 1; positive. "
+        "A language trusted more moves less",
+    )
+    gamma: list[str] = option(
+        [],
+        "instead of trust: gamma_1 gamma_2 (Eq. 6) for two languages, or "
+        "a JSON matrix of gamma_ij (Eq. 15)",
+    )
+    train_questions: int | None = option(
+        None,
+        "questions in the training split, reported apart "
+        "(default: none, or all of --train_subjects)",
+    )
     test_questions: int | None = option(None, "held-out questions (default: all others)")
-    train_subjects: list[str] = option([], "train on these subjects alone (section 6.3), on all of "
-                                       "their questions by default")
+    train_subjects: list[str] = option(
+        [], "train on these subjects alone (section 6.3), on all of their questions by default"
+    )
     test_subjects: list[str] = option([], "report on these subjects; each has its row")
     split_seed: int = option(0, "seed of the split")
     max_tokens: int = option(2048, "tokens fed at once; lower it where memory runs out")
-    dtype: str = option("float32", "of the weights. float32 computes in bfloat16 autocast on CUDA; "
-                        "bfloat16 halves the memory, but rounds most small updates away",
-                        choices=["float32", "bfloat16"])
+    dtype: str = option(
+        "float32",
+        "of the weights. float32 computes in bfloat16 autocast on CUDA; "
+        "bfloat16 halves the memory, but rounds most small updates away",
+        choices=["float32", "bfloat16"],
+    )
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
-    score: str = option("sum", "rank by log pi(y|x), by its mean over the answer's tokens, or by "
-                        "the mean over prompt and answer; training always uses the sum",
-                        choices=["sum", "mean", "string"])
+    score: str = option(
+        "sum",
+        "rank by log pi(y|x), by its mean over the answer's tokens, or by "
+        "the mean over prompt and answer; training always uses the sum",
+        choices=["sum", "mean", "string"],
+    )
     trust_remote_code: bool = option(False, "run code that comes with the model")
     timeout: float = option(60.0, "minutes without a word from another process before giving up")
 
@@ -441,8 +520,9 @@ def gamma_matrix(config: EvalConfig, say: Callable = print) -> Tensor:
         for item in config.trust:
             lang, _, weight = item.partition("=")
             if lang not in langs:
-                raise data.InputError(f"--trust {item}: {lang!r} is not among --langs "
-                                      f"{' '.join(langs)}")
+                raise data.InputError(
+                    f"--trust {item}: {lang!r} is not among --langs {' '.join(langs)}"
+                )
             try:
                 weights[lang] = float(weight)
             except ValueError:
@@ -458,12 +538,16 @@ def gamma_matrix(config: EvalConfig, say: Callable = print) -> Tensor:
     gamma = gamma.squeeze(0) if gamma.ndim == 3 else gamma.diag_embed().flip(-1)
     finite = bool(((gamma >= 0) & (gamma < math.inf)).all())
     if gamma.shape != (L, L) or gamma.diagonal().any() or not finite:
-        raise data.InputError(f"--gamma must be {L} x {L} for --langs {' '.join(langs)} (or two "
-                              "numbers for two), finite, not negative, with zeros on the diagonal")
+        raise data.InputError(
+            f"--gamma must be {L} x {L} for --langs {' '.join(langs)} (or two "
+            "numbers for two), finite, not negative, with zeros on the diagonal"
+        )
     if not dco.is_consistent(gamma, config.beta):
         rank = torch.linalg.matrix_rank(gamma / config.beta + torch.eye(L, dtype=torch.double))
-        say(f"warning: Gamma has rank {rank}, not rank 1 with positive entries: "
-            "pi* need not be consistent (Lemma 3)")
+        say(
+            f"warning: Gamma has rank {rank}, not rank 1 with positive entries: "
+            "pi* need not be consistent (Lemma 3)"
+        )
     return gamma
 
 
@@ -477,8 +561,14 @@ def read(config: EvalConfig, say: Callable = print) -> Splits:
         train = data.TRAIN_QUESTIONS[kind]
         if config.test_subjects:
             train = min(train, sum(q.subject not in config.test_subjects for q in questions))
-    parts = data.split(questions, train, config.test_questions, config.split_seed,
-                       config.train_subjects, config.test_subjects)
+    parts = data.split(
+        questions,
+        train,
+        config.test_questions,
+        config.split_seed,
+        config.train_subjects,
+        config.test_subjects,
+    )
     return {name: part for name, part in zip(("train", "test"), parts, strict=True) if part}
 
 
@@ -486,8 +576,10 @@ def new_folder(path: str) -> Path:
     """The path, which must not hold anything yet."""
     out = Path(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise data.InputError(f"--out {out} is there and not empty; name another, or remove it "
-                              "(a run of train.py that was killed: --resume goes on with it)")
+        raise data.InputError(
+            f"--out {out} is there and not empty; name another, or remove it "
+            "(a run of train.py that was killed: --resume goes on with it)"
+        )
     return out
 
 
@@ -501,8 +593,11 @@ def start(device: str, timeout: float = 60.0) -> tuple[torch.device, int, int]:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if device == "auto":
         device = next(name for name, there in here.items() if there)
     if not here[device]:
@@ -519,8 +614,13 @@ def start(device: str, timeout: float = 60.0) -> tuple[torch.device, int, int]:
         # a restarted worker must not be sent to where one of the life before listened
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"life-{life}", store)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=wait, store=store,
-                            rank=rank, world_size=world)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        timeout=wait,
+        store=store,
+        rank=rank,
+        world_size=world,
+    )
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave its workers behind
         threading.Thread(target=leave_with, args=[os.getppid()], daemon=True).start()
     return torch.device(device), dist.get_rank(), dist.get_world_size()
@@ -593,32 +693,51 @@ def load_model(config: EvalConfig, device: torch.device):
                     setattr(part, name, 0.0)  # else policy and reference differ at step 0
         tokenizer = AutoTokenizer.from_pretrained(config.model, **remote)
         model, report = AutoModelForCausalLM.from_pretrained(
-            config.model, config=settings, dtype=getattr(torch, config.dtype),
-            use_safetensors=True, output_loading_info=True, **remote)
+            config.model,
+            config=settings,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **remote,
+        )
         if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError,
-            SafetensorError) as error:  # what transformers lets through of a damaged folder
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:  # what transformers lets through of a damaged folder
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise data.InputError(f"--model {config.model}: no causal language model can be loaded "
-                              "from it; give a folder with safetensors that save_pretrained wrote, "
-                              f"or a hub name where there is network. {error!r}") from error
+        raise data.InputError(
+            f"--model {config.model}: no causal language model can be loaded "
+            "from it; give a folder with safetensors that save_pretrained wrote, "
+            f"or a hub name where there is network. {error!r}"
+        ) from error
     return model.to(device), tokenizer
 
 
 def plant(model, tokenizer, splits: Splits, config: EvalConfig, say: Callable, whole: bool = False):
     """The trees of each split, [question][language], and whether this model scores them packed."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    trees = {name: data.encode(tokenizer, questions, config.langs, context, whole)
-             for name, questions in splits.items()}
+    trees = {
+        name: data.encode(tokenizer, questions, config.langs, context, whole)
+        for name, questions in splits.items()
+    }
     every = [tree for rows in trees.values() for row in rows for tree in row]
     longest = max(every, key=data.Tree.tokens)
     packed = dco.packs_exactly(model, [longest, every[0]])
     rest(model)
     if not packed:
-        say("warning: this model does not score packed questions as it scores separate ones; "
-            "scoring each answer apart, which is slower")
+        say(
+            "warning: this model does not score packed questions as it scores separate ones; "
+            "scoring each answer apart, which is slower"
+        )
     return trees, packed
 
 
@@ -634,8 +753,9 @@ def autocast(config: EvalConfig, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def progress(steps: Iterable, desc: str, total: int, note: dict | None = None, first: int = 0
-             ) -> Iterator:
+def progress(
+    steps: Iterable, desc: str, total: int, note: dict | None = None, first: int = 0
+) -> Iterator:
     """Iterate under a tqdm bar on rank 0, or plain lines where it has no terminal; shows `note`.
 
     The `first` of the `total` steps were done before.
@@ -646,6 +766,7 @@ def progress(steps: Iterable, desc: str, total: int, note: dict | None = None, f
     bar = None
     if sys.stderr.isatty():
         from tqdm import tqdm
+
         bar = tqdm(desc=desc, total=total, initial=first, leave=False, dynamic_ncols=True)
     begun = told = time.monotonic()
     for done, step in enumerate(steps, first + 1):
@@ -664,8 +785,14 @@ def progress(steps: Iterable, desc: str, total: int, note: dict | None = None, f
 
 
 @torch.no_grad()
-def score(model, trees: list[list[data.Tree]], config: EvalConfig, desc: str, packed: bool,
-          ids: Sequence[str] = ()) -> Tensor:
+def score(
+    model,
+    trees: list[list[data.Tree]],
+    config: EvalConfig,
+    desc: str,
+    packed: bool,
+    ids: Sequence[str] = (),
+) -> Tensor:
     """log pi(y|x), or what --score makes of it: trees [question][language] -> (L, Q, K) on the CPU.
 
     Each tree is scored once, by one process; every process returns the whole table. Raises Halt,
@@ -695,11 +822,16 @@ def score(model, trees: list[list[data.Tree]], config: EvalConfig, desc: str, pa
     bad = ~out.isfinite() & (torch.arange(K) < sizes[:, None])  # (trees, K)
     if bad.any():
         ids = ids or range(len(trees))
-        where = [*dict.fromkeys(repr(ids[i // len(trees[0])])
-                                for i in bad.any(-1).nonzero()[:, 0].tolist())]
-        raise Halt(f"error: {desc}: log-probs are NaN or infinite in {len(where)} of {len(trees)} "
-                   f"questions: {', '.join(where[:5])}; the model is broken, or overflows in "
-                   f"{config.dtype}")
+        where = [
+            *dict.fromkeys(
+                repr(ids[i // len(trees[0])]) for i in bad.any(-1).nonzero()[:, 0].tolist()
+            )
+        ]
+        raise Halt(
+            f"error: {desc}: log-probs are NaN or infinite in {len(where)} of {len(trees)} "
+            f"questions: {', '.join(where[:5])}; the model is broken, or overflows in "
+            f"{config.dtype}"
+        )
     if config.score != "sum":
         scored = [[len(b) - tree.lead for b in tree.branches] for tree in flat]
         out /= torch.tensor([row + [1] * (K - len(row)) for row in scored])
@@ -716,8 +848,11 @@ class RankcConfig(EvalConfig):
 
 
 def main() -> None:
-    config = parse(RankcConfig, "rankc.py",
-                   lambda given: {} if given.train_subjects else {"train_questions": 0})
+    config = parse(
+        RankcConfig,
+        "rankc.py",
+        lambda given: {} if given.train_subjects else {"train_questions": 0},
+    )
     if config.markdown and not config.compare:
         raise data.InputError("--markdown is for --compare")
     if config.compare:
@@ -733,15 +868,30 @@ def main() -> None:
     model, tokenizer = load_model(config, device)
     trees, packed = plant(model, tokenizer, splits, config, say, whole=config.score == "string")
     begun = time.time()
-    base = {name: score(model, trees[name], config, f"score {name}", packed,
-                        [question.id for question in questions])
-            for name, questions in splits.items()}
+    base = {
+        name: score(
+            model,
+            trees[name],
+            config,
+            f"score {name}",
+            packed,
+            [question.id for question in questions],
+        )
+        for name, questions in splits.items()
+    }
     spent = {"score": round(time.time() - begun, 2)}
     optimum = {name: forecast(base[name], gamma, config.beta) for name in splits}
     sizes = [question.K for questions in splits.values() for question in questions]
     metrics = {"languages": config.langs, "chance": guessing(sizes)[0]}
-    say(report(splits, {"base": base, "optimum": optimum}, config.langs, metrics,
-               bool(config.train_subjects or config.test_subjects)))
+    say(
+        report(
+            splits,
+            {"base": base, "optimum": optimum},
+            config.langs,
+            metrics,
+            bool(config.train_subjects or config.test_subjects),
+        )
+    )
     if out and rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps(asdict(config), indent=1))
@@ -784,15 +934,19 @@ def run(main: Callable, hint: str = "") -> None:
         status = error.args[1]
         tell(f"{error}{hint}", everyone=False)
     except torch.OutOfMemoryError as error:
-        tell(f"error: out of GPU memory. Lower --max_tokens, or take --gradient_checkpointing, "
-             f"--shard over more GPUs, or --dtype bfloat16{hint}. {error}")
+        tell(
+            f"error: out of GPU memory. Lower --max_tokens, or take --gradient_checkpointing, "
+            f"--shard over more GPUs, or --dtype bfloat16{hint}. {error}"
+        )
     except OSError as error:
         tell(f"error: {error}{hint}")
     except RuntimeError as error:  # gloo has no class of its own; NCCL's is DistError
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        tell(f"error: lost the other processes, of which one ended, or the network failed{hint}. "
-             f"{str(error).splitlines()[0]}")
+        tell(
+            f"error: lost the other processes, of which one ended, or the network failed{hint}. "
+            f"{str(error).splitlines()[0]}"
+        )
     finally:
         gc.collect()  # what still holds the group, as DDP may, goes before it
         if dist.is_initialized() and (status == 0 or dist.get_backend() == "gloo"):

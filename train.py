@@ -5,6 +5,7 @@ them with (section 6.1): one reference pass, after which r_ALIGN is a table of n
 regression on it; then the step, one screen long; then the report. Whatever kills it, it goes on
 from what it has kept. Leaves out the equations (dco.py) and the measures (rankc.py).
 """
+
 import fcntl
 import hashlib
 import json
@@ -57,36 +58,61 @@ class Config(EvalConfig):
     compares it with. The defaults are the paper's; without --model a tiny model is made on the
     spot, with defaults of its own."""
 
-    method: str = option("dco", "dco; sft: the gold answer in every language; dpo: the gold answer "
-                         "over a random other; calm: the majority's answer over a language's own, "
-                         "without gold. DPO, then DCO: --model at the folder of the DPO run",
-                         choices=["dco", "sft", "dpo", "calm"])
-    beta: float = option(1.0, "strength of the KL term (Eq. 1); dpo and calm: 0.1 (the paper does "
-                         "not say)")
-    train_questions: int | None = option(None, "questions to train on (default, App. H: 5000, 800 "
-                                         "of X-CSQA; 160 of atlas)")
-    objective: str = option("joint", "each language's target sums over all others (Eq. 15), or a "
-                            "random language pair a question, as the authors' release trains; the "
-                            "same for two languages", choices=["joint", "pairwise"])
-    lr: float = option(RATES["dco"], "rate of AdamW; sft 5e-7, dpo and calm 5e-6; betas 0.9, 0.999,"
-                       " eps 1e-8, no weight decay (App. G)")
-    schedule: str = option("linear", "how the rate falls to zero, or does not",
-                           choices=["linear", "cosine", "constant"])
+    method: str = option(
+        "dco",
+        "dco; sft: the gold answer in every language; dpo: the gold answer "
+        "over a random other; calm: the majority's answer over a language's own, "
+        "without gold. DPO, then DCO: --model at the folder of the DPO run",
+        choices=["dco", "sft", "dpo", "calm"],
+    )
+    beta: float = option(
+        1.0, "strength of the KL term (Eq. 1); dpo and calm: 0.1 (the paper does not say)"
+    )
+    train_questions: int | None = option(
+        None, "questions to train on (default, App. H: 5000, 800 of X-CSQA; 160 of atlas)"
+    )
+    objective: str = option(
+        "joint",
+        "each language's target sums over all others (Eq. 15), or a "
+        "random language pair a question, as the authors' release trains; the "
+        "same for two languages",
+        choices=["joint", "pairwise"],
+    )
+    lr: float = option(
+        RATES["dco"],
+        "rate of AdamW; sft 5e-7, dpo and calm 5e-6; betas 0.9, 0.999,"
+        " eps 1e-8, no weight decay (App. G)",
+    )
+    schedule: str = option(
+        "linear",
+        "how the rate falls to zero, or does not",
+        choices=["linear", "cosine", "constant"],
+    )
     warmup: float = option(0.0, "share of the steps in which the rate rises")
     epochs: int = option(1, "passes over the training questions")
     batch_questions: int = option(4, "questions in an optimizer step, over all processes")
-    pairs_per_question: int = option(1, "draws of candidates from each question (App. H: 7 of "
-                                     "X-CSQA); sft and calm have but one")
+    pairs_per_question: int = option(
+        1, "draws of candidates from each question (App. H: 7 of X-CSQA); sft and calm have but one"
+    )
     candidates: int = option(2, "candidates in a draw; a question with fewer gives all it has")
     seed: int = option(0, "seed of draws, of their order and of the embedded model")
     grad_clip: float = option(1.0, "largest gradient norm; 0 for none")
     gradient_checkpointing: bool = option(False, "compute activations twice and keep few of them")
-    shard: bool = option(False, "share weights, gradients and moments out over the processes, for "
-                         "models that one GPU cannot hold")
-    save_every: int = option(250, "steps between checkpoints, of which the last two are kept until "
-                             "the run is whole; 0 for none")
-    resume: bool = option(False, "go on with the run in --out, or with the unfinished one of these "
-                          "settings in runs/; safe to leave on. Implied where torchrun restarts")
+    shard: bool = option(
+        False,
+        "share weights, gradients and moments out over the processes, for "
+        "models that one GPU cannot hold",
+    )
+    save_every: int = option(
+        250,
+        "steps between checkpoints, of which the last two are kept until "
+        "the run is whole; 0 for none",
+    )
+    resume: bool = option(
+        False,
+        "go on with the run in --out, or with the unfinished one of these "
+        "settings in runs/; safe to leave on. Implied where torchrun restarts",
+    )
     log_every: int = option(1, "steps between lines of log.jsonl")
 
 
@@ -127,8 +153,9 @@ class Item(NamedTuple):
     id: str  # of the question
 
 
-def choose(question: data.Question, ref_logps: Tensor, number: int, config: Config
-           ) -> tuple[Tensor, list[int]]:
+def choose(
+    question: data.Question, ref_logps: Tensor, number: int, config: Config
+) -> tuple[Tensor, list[int]]:
     """Which candidates each language compares, the preferred first, (L, K), and who trains.
 
     ref_logps: (L, K) nats of all the question's candidates; CALM alone looks at them.
@@ -146,25 +173,34 @@ def choose(question: data.Question, ref_logps: Tensor, number: int, config: Conf
     else:
         chosen = [question.gold]
         if config.method == "dpo":
-            others = [k for k in data.sample(question, K, number, config.seed)
-                      if k != question.gold]
+            others = [
+                k for k in data.sample(question, K, number, config.seed) if k != question.gold
+            ]
             chosen.append(others[0])
     return torch.tensor(chosen).expand(L, -1), used
 
 
-def poll(questions: list[data.Question], ref_logps: Tensor, config: Config
-         ) -> tuple[list[int], dict]:
+def poll(
+    questions: list[data.Question], ref_logps: Tensor, config: Config
+) -> tuple[list[int], dict]:
     """The questions in which CALM has a language to train, and what to tell of the vote."""
     _, tied = majority_vote(ref_logps.transpose(0, 1))  # (Q,)
-    used = [choose(question, ref_logps[:, q, :question.K], 0, config)[1]
-            for q, question in enumerate(questions)]
+    used = [
+        choose(question, ref_logps[:, q, : question.K], 0, config)[1]
+        for q, question in enumerate(questions)
+    ]
     kept = [q for q, languages in enumerate(used) if languages]
     pairs = {lang: sum(i in languages for languages in used) for i, lang in enumerate(config.langs)}
     return kept, {"unanimous": len(used) - len(kept), "ties": int(tied.sum()), "pairs": pairs}
 
 
-def draw(questions: list[data.Question], trees: list[list[data.Tree]], ref_logps: Tensor,
-         gamma: Tensor, config: Config) -> Iterator[list[Item]]:
+def draw(
+    questions: list[data.Question],
+    trees: list[list[data.Tree]],
+    ref_logps: Tensor,
+    gamma: Tensor,
+    config: Config,
+) -> Iterator[list[Item]]:
     """The items of each step, functions of seed and ids alone. ref_logps: (L, Q, K) nats."""
     L, every = len(config.langs), range(config.pairs_per_question)
     for epoch in range(config.epochs):
@@ -172,15 +208,17 @@ def draw(questions: list[data.Question], trees: list[list[data.Tree]], ref_logps
         random.Random(f"order/{config.seed}/{epoch}").shuffle(order)
         for first in range(0, len(order), config.batch_questions):
             items = []
-            for q, number in order[first:first + config.batch_questions]:
-                table = ref_logps[:, q, :questions[q].K]
+            for q, number in order[first : first + config.batch_questions]:
+                table = ref_logps[:, q, : questions[q].K]
                 chosen, used = choose(questions[q], table, number, config)
                 ref = torch.full((L, config.candidates), -torch.inf)
-                ref[:, :chosen.shape[1]] = table.gather(-1, chosen)
+                ref[:, : chosen.shape[1]] = table.gather(-1, chosen)
                 experts, rows = torch.zeros_like(gamma), torch.tensor(used)
                 experts[rows[:, None], rows] = gamma[rows[:, None], rows]
-                pruned = [tree._replace(branches=[tree.branches[k] for k in row])
-                          for tree, row in zip(trees[q], chosen.tolist(), strict=True)]
+                pruned = [
+                    tree._replace(branches=[tree.branches[k] for k in row])
+                    for tree, row in zip(trees[q], chosen.tolist(), strict=True)
+                ]
                 items.append(Item(pruned, ref, align_reward(ref, experts), used, questions[q].id))
             yield items
 
@@ -194,9 +232,16 @@ def term(logps: Tensor, ref_logps: Tensor, r_align: Tensor, config: Config) -> T
     return dpo_loss(logps, ref_logps, config.beta)  # Eq. 4; CALM is DPO on its votes
 
 
-def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, packed: bool,
-             log: Callable[[dict], None], kept: "Kept | None" = None, signals: Sequence[int] = ()
-             ) -> int:
+def optimise(
+    model,
+    steps: Iterator[list[Item]],
+    total: int,
+    config: Config,
+    packed: bool,
+    log: Callable[[dict], None],
+    kept: "Kept | None" = None,
+    signals: Sequence[int] = (),
+) -> int:
     """Minimise the terms, summed over languages, averaged over a step's items; the tokens fed.
 
     Begins at the newest checkpoint of `kept`. Raises Halt, with the step saved, once `signals`
@@ -257,8 +302,10 @@ def optimise(model, steps: Iterator[list[Item]], total: int, config: Config, pac
         if kept and (number or due):
             kept.save(model, optimizer, scheduler, {"step": step, "tokens": tokens})
         if number:
-            raise Halt(f"stopped by {signal.Signals(number).name}: step {step} of {total} is saved",
-                       128 + number)
+            raise Halt(
+                f"stopped by {signal.Signals(number).name}: step {step} of {total} is saved",
+                128 + number,
+            )
     return tokens
 
 
@@ -275,8 +322,9 @@ def replicate(model, before: Sequence[list[Item]], packed: bool) -> DistributedD
     return policy
 
 
-def micro_batches(items: list[Item], config: Config, packed: bool, world: int
-                  ) -> list[list[list[tuple[int, int]]]]:
+def micro_batches(
+    items: list[Item], config: Config, packed: bool, world: int
+) -> list[list[list[tuple[int, int]]]]:
     """Of each process, what it feeds at once: rows (item, language), of which each is a term.
 
     Rows are dealt longest first, to the first process and on to the last, then from the last to
@@ -295,15 +343,23 @@ def micro_batches(items: list[Item], config: Config, packed: bool, world: int
 def diverged(step: int, items: list[Item], scored: list[tuple[list[int], Tensor]]) -> str:
     """What to tell of a step that cannot be taken; scored: items' indices and losses."""
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [items[q].id for b, losses in scored
-                                   for q, loss in zip(b, losses.tolist(), strict=True)
-                                   if not math.isfinite(loss)])
+    dist.all_gather_object(
+        parts,
+        [
+            items[q].id
+            for b, losses in scored
+            for q, loss in zip(b, losses.tolist(), strict=True)
+            if not math.isfinite(loss)
+        ],
+    )
     ids = dict.fromkeys(map(repr, sum(parts, [])))
     where = f"the loss of question {', '.join(ids)}"
     if not ids:
         where = "the gradient of questions " + ", ".join(repr(item.id) for item in items)
-    return (f"error: step {step}: {where} is NaN or infinite; the step was not taken, and the "
-            "checkpoints before it stay. Try a lower --lr, or --dtype float32")
+    return (
+        f"error: step {step}: {where} is NaN or infinite; the step was not taken, and the "
+        "checkpoints before it stay. Try a lower --lr, or --dtype float32"
+    )
 
 
 def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
@@ -320,24 +376,38 @@ def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
     r_hat = implicit_reward(logps, ref, config.beta)
     margin, target = (x[..., 0] - x[..., 1] for x in (r_hat, r_align))  # (B, L)
     if config.method != "dco":
-        return {**seen, "rewards/margin": float(margin[used].mean()),
-                "rewards/accuracy": float((margin[used] > 0).float().mean())}
+        return {
+            **seen,
+            "rewards/margin": float(margin[used].mean()),
+            "rewards/accuracy": float((margin[used] > 0).float().mean()),
+        }
     first = logps[..., 0] > logps[..., 1]
     a, b = torch.triu_indices(len(config.langs), len(config.langs), 1)
     both = used[:, a] & used[:, b]
     distance = mean / config.beta  # (L,) nats of log-odds
-    return {**seen, **{f"residual/{lang}": float(distance[i])
-                       for i, lang in enumerate(config.langs)},
-            "rewards/margin": float((margin * target.sign())[used].mean()),  # towards the target
-            "rewards/target": float(target[used].abs().mean()),
-            "consistent": float((first[:, a] == first[:, b])[both].float().mean())}
+    return {
+        **seen,
+        **{f"residual/{lang}": float(distance[i]) for i, lang in enumerate(config.langs)},
+        "rewards/margin": float((margin * target.sign())[used].mean()),  # towards the target
+        "rewards/target": float(target[used].abs().mean()),
+        "consistent": float((first[:, a] == first[:, b])[both].float().mean()),
+    }
 
 
 # -------------------------------------------------------------------------------- what is kept
 
 # What may change where a run is resumed: it moves nothing but rounding.
-FREE = {"out", "resume", "save_every", "log_every", "max_tokens", "gradient_checkpointing", "shard",
-        "device", "timeout"}
+FREE = {
+    "out",
+    "resume",
+    "save_every",
+    "log_every",
+    "max_tokens",
+    "gradient_checkpointing",
+    "shard",
+    "device",
+    "timeout",
+}
 
 
 @dataclass(frozen=True)
@@ -382,8 +452,10 @@ class Kept:
             if numbers != {steps[-1]} or kinds != [int, list]:
                 raise ValueError(f"not of step {steps[-1]}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise data.InputError(f"{path} is damaged ({error!r}); remove {path.parent}, and "
-                                  "--resume goes on from what was kept before it") from error
+            raise data.InputError(
+                f"{path} is damaged ({error!r}); remove {path.parent}, and "
+                "--resume goes on from what was kept before it"
+            ) from error
         return state
 
     def read(self, path: Path, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -395,12 +467,17 @@ class Kept:
                     raise data.InputError(f"{path}: kept from another model, tokenizer or data")
                 found = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise data.InputError(f"{path} is damaged ({error}); remove {place}, and --resume does "
-                                  "without") from error
-        if like is not None and ({name: tensor.shape for name, tensor in found.items()} !=
-                                 {name: tensor.shape for name, tensor in like.items()}):
-            raise data.InputError(f"{path}: other tensors than this model has; remove {place}, and "
-                                  "--resume does without")
+            raise data.InputError(
+                f"{path} is damaged ({error}); remove {place}, and --resume does without"
+            ) from error
+        if like is not None and (
+            {name: tensor.shape for name, tensor in found.items()}
+            != {name: tensor.shape for name, tensor in like.items()}
+        ):
+            raise data.InputError(
+                f"{path}: other tensors than this model has; remove {place}, and "
+                "--resume does without"
+            )
         return found
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -422,7 +499,9 @@ class Kept:
             if name in state["trained"]:  # as AdamW makes its state, for weights that get gradients
                 optimizer.state[weight] = {
                     "step": torch.tensor(0.0, device=weight.device),
-                    "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+                    "exp_avg": torch.zeros_like(weight),
+                    "exp_avg_sq": torch.zeros_like(weight),
+                }
         for name, tensors in files(model, optimizer).items():
             path, found = self.folder / f"step-{state['step']}" / name, {}
             on_first(lambda: found.update(self.read(path, tensors)))
@@ -444,8 +523,12 @@ class Kept:
         path = self.folder / f"step-{state['step']}"
         beside = path.with_name(path.name + ".part")
         trained = [name for name, w in model.named_parameters() if optimizer.state.get(w)]
-        state = {**state, "scheduler": scheduler.state_dict(), "content": self.content,
-                 "trained": trained}
+        state = {
+            **state,
+            "scheduler": scheduler.state_dict(),
+            "content": self.content,
+            "trained": trained,
+        }
 
         def finish():
             (beside / "state.json").write_text(json.dumps(state))  # last
@@ -459,18 +542,28 @@ class Kept:
         except OSError as error:
             on_first(remove, beside)
             older = on_first(self.steps)
-            raise Halt(f"error: step {state['step']} could not be saved: {error}. " + (
-                f"The checkpoint of step {older[-1]} is whole" if older else
-                "There is no checkpoint before it")) from error
+            raise Halt(
+                f"error: step {state['step']} could not be saved: {error}. "
+                + (
+                    f"The checkpoint of step {older[-1]} is whole"
+                    if older
+                    else "There is no checkpoint before it"
+                )
+            ) from error
         on_first(lambda: [remove(self.folder / f"step-{step}") for step in self.steps()[:-2]])
 
 
 def files(model, optimizer) -> dict[str, dict[str, Tensor]]:
     """The files of a checkpoint, and the tensors in each."""
     weights = dict(model.named_parameters())
-    return {"model.safetensors": weights, "optimizer.safetensors": {
-        f"{name}/{kind}": value for name, weight in weights.items()
-        for kind, value in optimizer.state.get(weight, {}).items()}}
+    return {
+        "model.safetensors": weights,
+        "optimizer.safetensors": {
+            f"{name}/{kind}": value
+            for name, weight in weights.items()
+            for kind, value in optimizer.state.get(weight, {}).items()
+        },
+    }
 
 
 def put(beside: Path, path: Path) -> None:
@@ -527,8 +620,9 @@ def shard(model, device: torch.device) -> None:
 
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
-        raise data.InputError(f"--shard: {type(model).__name__} has no decoder layers that "
-                              "transformers knows as such")
+        raise data.InputError(
+            f"--shard: {type(model).__name__} has no decoder layers that transformers knows as such"
+        )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*layers, model):
         fully_shard(part, mesh=mesh)
@@ -562,14 +656,18 @@ def begin(out: Path, config: Config, content: str, old: dict) -> Kept:
     kept, contents = Kept(out / "checkpoint", content), [None] * dist.get_world_size()
     dist.all_gather_object(contents, content)
     if len(set(contents)) > 1:
-        raise data.InputError("the processes see different models, tokenizers or data: are the "
-                              "folders the same on every machine?")
+        raise data.InputError(
+            "the processes see different models, tokenizers or data: are the "
+            "folders the same on every machine?"
+        )
 
     def take():
         if old and old.get("content") != content:
-            raise data.InputError(f"--resume: {out} was begun with another model, tokenizer or "
-                                  "data under the same names, or on another kind of device; name "
-                                  "another --out")
+            raise data.InputError(
+                f"--resume: {out} was begun with another model, tokenizer or "
+                "data under the same names, or on another kind of device; name "
+                "another --out"
+            )
         kept.folder.mkdir(parents=True, exist_ok=True)
         kept.lock.append(open(kept.folder / "lock", "w"))
         try:
@@ -611,18 +709,34 @@ def embedded_model(config: Config):
             texts += sentences
             if random.Random(f"{config.seed}/{question.id}/{lang}").random() < COVERAGE[lang]:
                 facts.append(sentences[question.gold])
-    facts += [f"{row[a]} = {row[b]}" for row in data.atlas() if row["relation"] == "of"
-              for a in config.langs for b in config.langs if a != b]
+    facts += [
+        f"{row[a]} = {row[b]}"
+        for row in data.atlas()
+        if row["relation"] == "of"
+        for a in config.langs
+        for b in config.langs
+        if a != b
+    ]
     words = dict.fromkeys(word for text in texts + facts for word in text.split())
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0,
-        bos_token_id=None, eos_token_id=None))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
     return model, tokenizer, facts
 
 
@@ -635,8 +749,9 @@ def tell(model, tokenizer, facts: list[str], seed: int) -> dict[str, Tensor]:
     for _ in progress(range(800), "make the embedded model", 800, note):
         batch = torch.nn.utils.rnn.pad_sequence(rng.sample(ids, 96), batch_first=True)
         seen = batch > 0
-        loss = model(input_ids=batch, attention_mask=seen.long(),
-                     labels=batch.masked_fill(~seen, -100)).loss
+        loss = model(
+            input_ids=batch, attention_mask=seen.long(), labels=batch.masked_fill(~seen, -100)
+        ).loss
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -653,8 +768,10 @@ def check_settings(config: Config) -> None:
     if len(config.langs) < 2:
         raise data.InputError("--langs: consistency takes two languages or more")
     if config.method == "calm" and len(config.langs) < 3:
-        raise data.InputError("--method calm: a majority takes three languages or more; "
-                              f"--langs names {' '.join(config.langs)}")
+        raise data.InputError(
+            "--method calm: a majority takes three languages or more; "
+            f"--langs names {' '.join(config.langs)}"
+        )
     idle = ["trust", "gamma", "objective", "candidates"] * (config.method != "dco")
     idle += ["pairs_per_question"] * (config.method in ("sft", "calm"))
     idle += ["beta"] * (config.method == "sft")
@@ -692,23 +809,32 @@ def choose_folder(config: Config) -> tuple[Path, dict]:
             old = json.loads((out / "run.json").read_text())
             changed = {name: old[name] for name in new if name not in FREE}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise data.InputError(f"--resume: {out} is there, but is no run of this train.py "
-                                  f"({error!r})") from error
-        return old, [f"{name} {was!r}, now {new[name]!r}" for name, was in changed.items()
-                     if was != new[name]]
+            raise data.InputError(
+                f"--resume: {out} is there, but is no run of this train.py ({error!r})"
+            ) from error
+        return old, [
+            f"{name} {was!r}, now {new[name]!r}"
+            for name, was in changed.items()
+            if was != new[name]
+        ]
 
     if config.out:
         out = Path(config.out)
         if not config.resume:
             return rankc.new_folder(config.out), {}
         early = {"checkpoint", "checkpoint/lock", "run.json.part"}  # killed before its run.json
-        if not out.exists() or out.is_dir() and early.issuperset(
-                path.relative_to(out).as_posix() for path in out.rglob("*")):
+        if (
+            not out.exists()
+            or out.is_dir()
+            and early.issuperset(path.relative_to(out).as_posix() for path in out.rglob("*"))
+        ):
             return out, {}
         old, differ = begun(out)
         if differ:
-            raise data.InputError(f"--resume: {out} was begun with other settings: "
-                                  f"{'; '.join(differ)}. Give those, or another --out")
+            raise data.InputError(
+                f"--resume: {out} was begun with other settings: "
+                f"{'; '.join(differ)}. Give those, or another --out"
+            )
         return out, old
     last = None
     for out in (Path("runs", str(n)) for n in count(1)):
@@ -724,12 +850,20 @@ def choose_folder(config: Config) -> tuple[Path, dict]:
 def environment() -> dict:
     """What the run ran on; the git revision where there is one."""
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                             capture_output=True, text=True).stdout.strip()
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
     except FileNotFoundError:
         git = ""
-    return {"torch": torch.__version__, "transformers": transformers.__version__,
-            "git": git or None, "processes": dist.get_world_size()}
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "git": git or None,
+        "processes": dist.get_world_size(),
+    }
 
 
 def count_steps(questions: int, config: Config) -> int:
@@ -740,32 +874,44 @@ def count_steps(questions: int, config: Config) -> int:
 def describe(model, tokenizer, splits, trees, config: Config) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
     fewer = sum(question.K < config.candidates for question in splits["train"])
-    compared = {"dco": f"dco ({config.objective}, beta {config.beta:g}), {config.candidates} "
-                f"candidates each" + f" ({fewer} questions have fewer)" * (fewer > 0),
-                "sft": "sft on the gold answers",
-                "dpo": f"dpo (beta {config.beta:g}), gold answer over a random other",
-                "calm": f"calm (beta {config.beta:g}), fewer if some questions are unanimous"}
+    compared = {
+        "dco": f"dco ({config.objective}, beta {config.beta:g}), {config.candidates} "
+        f"candidates each" + f" ({fewer} questions have fewer)" * (fewer > 0),
+        "sft": "sft on the gold answers",
+        "dpo": f"dpo (beta {config.beta:g}), gold answer over a random other",
+        "calm": f"calm (beta {config.beta:g}), fewer if some questions are unanimous",
+    }
     weight = next(model.parameters())
     mixed = weight.is_cuda and config.dtype == "float32"
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return "\n".join([
-        f"{config.model or 'embedded model'}: {parameters:,} parameters, all trained, "
-        f"{config.dtype}{', bfloat16 autocast' * mixed}, on {dist.get_world_size()} x "
-        f"{weight.device.type}{', sharded' * config.shard}",
-        f"{config.data} in {' '.join(config.langs)}: " +
-        ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items()),
-        f"{count_steps(len(splits['train']), config)} steps of {config.batch_questions} questions "
-        f"over all processes, epochs {config.epochs}, rate {config.lr:g} {config.schedule}: "
-        + compared[config.method],
-        *(f"  {lang}: {tokenizer.decode(tree.prefix)!r} + {[*map(tokenizer.decode, tree.branches)]}"
-          for lang, tree in zip(config.langs[:2], trees["train"][0], strict=False))])
+    return "\n".join(
+        [
+            f"{config.model or 'embedded model'}: {parameters:,} parameters, all trained, "
+            f"{config.dtype}{', bfloat16 autocast' * mixed}, on {dist.get_world_size()} x "
+            f"{weight.device.type}{', sharded' * config.shard}",
+            f"{config.data} in {' '.join(config.langs)}: "
+            + ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items()),
+            f"{count_steps(len(splits['train']), config)} steps of {config.batch_questions} "
+            f"questions over all processes, epochs {config.epochs}, rate {config.lr:g} "
+            f"{config.schedule}: " + compared[config.method],
+            *(
+                f"  {lang}: {tokenizer.decode(tree.prefix)!r} + "
+                f"{[*map(tokenizer.decode, tree.branches)]}"
+                for lang, tree in zip(config.langs[:2], trees["train"][0], strict=False)
+            ),
+        ]
+    )
 
 
 def trim_log(path: Path, done: int) -> None:
     """Leave in log.jsonl the lines of the steps that are done."""
     lines = path.read_text().splitlines(keepends=True) if done else []
-    put_text(path, "".join(line for line in lines if line.endswith("}\n")
-                           and json.loads(line)["step"] <= done))
+    put_text(
+        path,
+        "".join(
+            line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done
+        ),
+    )
 
 
 def save_model(model, tokenizer, out: Path) -> None:
@@ -773,8 +919,14 @@ def save_model(model, tokenizer, out: Path) -> None:
     full = None
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
         names = dict(model.named_parameters(remove_duplicate=False))
-        full = gather({**dict(model.named_parameters()), **{  # a tied one once, and the buffers
-            name: tensor for name, tensor in model.state_dict().items() if name not in names}})
+        full = gather(
+            {
+                **dict(model.named_parameters()),
+                **{  # a tied one once, and the buffers
+                    name: tensor for name, tensor in model.state_dict().items() if name not in names
+                },
+            }
+        )
 
     def write():
         try:
@@ -829,9 +981,11 @@ def main() -> None:
         raise data.InputError("--train_questions 0: there is nothing to train on")
     unlabelled = [question.id for question in splits["train"] if question.gold is None]
     if unlabelled and config.method in ("sft", "dpo"):
-        raise data.InputError(f"--method {config.method} learns from the right answers, which "
-                              f"{len(unlabelled)} training questions lack, {unlabelled[0]!r} first;"
-                              " dco and calm do without")
+        raise data.InputError(
+            f"--method {config.method} learns from the right answers, which "
+            f"{len(unlabelled)} training questions lack, {unlabelled[0]!r} first;"
+            " dco and calm do without"
+        )
     with stage("load"):
         if config.model:
             model, tokenizer = rankc.load_model(config, "cpu" if config.shard else device)
@@ -846,8 +1000,16 @@ def main() -> None:
         kept = begin(out, config, fingerprint(model, splits, trees), old)
         done, total = on_first(kept.state).get("step", 0), count_steps(len(splits["train"]), config)
         if config.resume:
-            say(f"resume: {out}, " + (f"from step {done} of {total}" if done else
-                "from the start: no checkpoint yet" if old else "a new run: nothing is there"))
+            say(
+                f"resume: {out}, "
+                + (
+                    f"from step {done} of {total}"
+                    if done
+                    else "from the start: no checkpoint yet"
+                    if old
+                    else "a new run: nothing is there"
+                )
+            )
         if not config.model:
             base = kept.keep("base", lambda: on_first(tell, model, tokenizer, facts, config.seed))
             model.load_state_dict(base, strict=False)  # the head is the embeddings
@@ -856,16 +1018,33 @@ def main() -> None:
     say(describe(model, tokenizer, splits, trees, config))
 
     def judge(desc, asked, place="", config=config):
-        return {name: kept.keep(f"{place}{desc}-{name}", lambda: {"nats": rankc.score(
-            model, trees, config, f"{desc} {name}", packed, [q.id for q in splits[name]])})["nats"]
-                for name, trees in asked.items()}
+        return {
+            name: kept.keep(
+                f"{place}{desc}-{name}",
+                lambda: {
+                    "nats": rankc.score(
+                        model, trees, config, f"{desc} {name}", packed, [q.id for q in splits[name]]
+                    )
+                },
+            )["nats"]
+            for name, trees in asked.items()
+        }
 
     with stage("reference"):
         base = judge("reference", asked)
-        sums = base if config.score == "sum" else judge(
-            "reference-sum", {"train": trees["train"]}, config=replace(config, score="sum"))
-    tables = {"base": base, "optimum": {name: rankc.forecast(table, gamma, config.beta)
-                                        for name, table in base.items()}}
+        sums = (
+            base
+            if config.score == "sum"
+            else judge(
+                "reference-sum", {"train": trees["train"]}, config=replace(config, score="sum")
+            )
+        )
+    tables = {
+        "base": base,
+        "optimum": {
+            name: rankc.forecast(table, gamma, config.beta) for name, table in base.items()
+        },
+    }
     sizes = [question.K for questions in splits.values() for question in questions]
     metrics = {"languages": langs, "chance": rankc.guessing(sizes)[0]}
     say(rankc.report(splits, tables, langs, metrics, subjects) + "\n")
@@ -884,18 +1063,35 @@ def main() -> None:
             os.write(2, b"finishing the step, then saving\n" * (rank == 0))
 
     on_first(trim_log, out / "log.jsonl", done)
-    with (stage("train"), rankc.on_signals(heed),
-          open(os.devnull if rank else out / "log.jsonl", "a") as file):
-        steps = draw([splits["train"][q] for q in used], [trees["train"][q] for q in used],
-                     sums["train"][:, used], gamma, config)
-        tokens = optimise(model, steps, total, config, packed,
-                          lambda line: print(json.dumps(line), file=file, flush=True),
-                          kept, signals)
+    with (
+        stage("train"),
+        rankc.on_signals(heed),
+        open(os.devnull if rank else out / "log.jsonl", "a") as file,
+    ):
+        steps = draw(
+            [splits["train"][q] for q in used],
+            [trees["train"][q] for q in used],
+            sums["train"][:, used],
+            gamma,
+            config,
+        )
+        tokens = optimise(
+            model,
+            steps,
+            total,
+            config,
+            packed,
+            lambda line: print(json.dumps(line), file=file, flush=True),
+            kept,
+            signals,
+        )
     late = [None] * dist.get_world_size()
     dist.all_gather_object(late, max(signals, default=0))
     if max(late) and config.save_every:  # it came while the last step was saved
-        raise Halt(f"stopped by {signal.Signals(max(late)).name}: all {total} steps are saved",
-                   128 + max(late))
+        raise Halt(
+            f"stopped by {signal.Signals(max(late)).name}: all {total} steps are saved",
+            128 + max(late),
+        )
     save_model(model, tokenizer, out)
     with stage("evaluate"):
         tables["trained"] = judge("evaluate", asked, f"step-{total}/")

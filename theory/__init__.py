@@ -6,18 +6,32 @@ assumption. A toy model is a table of log-probs (..., L, K), float64: L language
 sum taken in full. Policies, rewards and losses are those of dco.py, so that what is proved is what
 trains. Leaves out networks: what one learns beside the table is measured, not proved (README).
 """
+
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-CLAIMS = ["product_of_experts", "lemma1", "lemma2", "lemma3", "random_pairs", "dpo_unbounded",
-          "direction", "on_the_way", "rearrangement", "which_expert", "pooling", "rankc_chance",
-          "exact_matching"]
+CLAIMS = [
+    "product_of_experts",
+    "lemma1",
+    "lemma2",
+    "lemma3",
+    "random_pairs",
+    "dpo_unbounded",
+    "direction",
+    "on_the_way",
+    "rearrangement",
+    "which_expert",
+    "pooling",
+    "rankc_chance",
+    "exact_matching",
+]
 
 
 class Finding(NamedTuple):
     """One statement and the draw that fits it worst; it holds if gap <= allowed."""
+
     words: str
     draws: int
     gap: float  # distance between what is said and what was found; 0 is exact

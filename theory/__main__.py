@@ -1,4 +1,5 @@
 """`python -m theory` checks every claim, a line each; with claims' names it shows their working."""
+
 import argparse
 import inspect
 import sys
@@ -24,13 +25,18 @@ def verify(name: str, draws: int, seed: int, working: bool) -> bool:
     if working:
         print(f"{inspect.getdoc(claim)}\n")
         for f in findings:
-            print(f"{verdict(f)}  {f.words}\n      {f.draws} draws, worst gap {abs(f.gap):.1e}, "
-                  f"allowed {f.allowed:.0e}" + f"\n      {f.shown}" * bool(f.shown))
+            print(
+                f"{verdict(f)}  {f.words}\n      {f.draws} draws, worst gap {abs(f.gap):.1e}, "
+                f"allowed {f.allowed:.0e}" + f"\n      {f.shown}" * bool(f.shown)
+            )
         print(f"\n{name}: {'PASS' if holds else 'FAIL'}, {time.time() - begun:.1f} s\n")
     else:
         most = max(f.draws for f in findings)
-        print(f"{verdict(worst)} {name:<18} {source:<9} {words:<78} {most:>5} "
-              f"{abs(worst.gap):9.1e} {worst.allowed:9.1e}", flush=True)
+        print(
+            f"{verdict(worst)} {name:<18} {source:<9} {words:<78} {most:>5} "
+            f"{abs(worst.gap):9.1e} {worst.allowed:9.1e}",
+            flush=True,
+        )
     return holds
 
 
@@ -58,12 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     begun, names = time.time(), args.claims or CLAIMS
     if not args.claims:
-        print(f"     {'claim':<18} {'paper':<9} {'in words':<78} {'draws':>5} {'worst gap':>9} "
-              f"{'allowed':>9}")
-    failed = [name for name in names
-              if not verify(name, args.draws, args.seed, bool(args.claims))]
-    print(f"{len(names) - len(failed)} of {len(names)} claims hold, {time.time() - begun:.0f} s"
-          + f"; not: {', '.join(failed)}" * bool(failed))
+        print(
+            f"     {'claim':<18} {'paper':<9} {'in words':<78} {'draws':>5} {'worst gap':>9} "
+            f"{'allowed':>9}"
+        )
+    failed = [name for name in names if not verify(name, args.draws, args.seed, bool(args.claims))]
+    print(
+        f"{len(names) - len(failed)} of {len(names)} claims hold, {time.time() - begun:.0f} s"
+        + f"; not: {', '.join(failed)}" * bool(failed)
+    )
     return bool(failed)
 
 

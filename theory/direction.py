@@ -10,6 +10,7 @@ beta alone is said to control the overall deviation (sec. 4.2). It does while th
 they are, and then only one beta is consistent. Under Lemma 3 gamma_ij = beta w_j / w_i: beta
 cancels in pi* and scales Eq. 11 as a whole. How far to go is then a matter of when one stops.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -34,7 +35,7 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         (slope,) = torch.autograd.grad(moved(ref, t * gamma, beta).sum(), t)
         s, t = dco.align_reward(ref, gamma) / beta, t.detach()
         p = dco.optimal_policy(ref, t * gamma, beta).exp()
-        variance = (p * (s - (p * s).sum(-1, keepdim=True))**2).sum(-1)
+        variance = (p * (s - (p * s).sum(-1, keepdim=True)) ** 2).sum(-1)
         slope_gap = worst(slope_gap, (slope - t * variance.sum()).abs())
         en, sw = zip(*(moved(ref[:2], matrix(x, 1 / x), 1.0).tolist() for x in (0.1, 1.0, 10.0)))
         errors += not (en[0] < en[1] < en[2] and sw[0] > sw[1] > sw[2])
@@ -42,9 +43,14 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         at = [dco.optimal_policy(ref, dco.gamma_from_trust(w, b), b) for b in (beta, 10 * beta)]
         same = worst(same, (at[0] - at[1]).abs())
     yield Finding("d/dt KL(pi*_i || pi_REF,i) = t Var(s), never negative", draws, slope_gap)
-    yield Finding("English first, (0.1, 10) moves English least, (10, 0.1) most (gap: exceptions)",
-                  draws, errors, shown=f"KL of English, of Swahili at (0.1, 10): {en[0]:.3f}, "
-                  f"{sw[0]:.3f}; at (10, 0.1): {en[2]:.3f}, {sw[2]:.3f}")
-    yield Finding("with the gammas fixed, a larger beta keeps nearer (gap: exceptions)", draws,
-                  nearer)
+    yield Finding(
+        "English first, (0.1, 10) moves English least, (10, 0.1) most (gap: exceptions)",
+        draws,
+        errors,
+        shown=f"KL of English, of Swahili at (0.1, 10): {en[0]:.3f}, "
+        f"{sw[0]:.3f}; at (10, 0.1): {en[2]:.3f}, {sw[2]:.3f}",
+    )
+    yield Finding(
+        "with the gammas fixed, a larger beta keeps nearer (gap: exceptions)", draws, nearer
+    )
     yield Finding("under Lemma 3 it does nothing: pi* is the same at beta and 10 beta", draws, same)

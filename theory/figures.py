@@ -3,6 +3,7 @@
 contradictions.png: Lemma 1 in the plane of the two languages' log-odds; margins.png: App. F, DPO
 against DCO by step; objectives.png: CLC of the joint and the pairwise optimum by N (Eq. 15).
 """
+
 from pathlib import Path
 
 import matplotlib
@@ -24,8 +25,11 @@ def draw(folder: str, seed: int = 0) -> None:
     """Write the three figures into a folder, made if need be."""
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    for name, figure in (("contradictions", contradictions), ("margins", dpo_and_dco),
-                         ("objectives", objectives)):
+    for name, figure in (
+        ("contradictions", contradictions),
+        ("margins", dpo_and_dco),
+        ("objectives", objectives),
+    ):
         figure(seed).savefig(out / f"{name}.png", dpi=150, bbox_inches="tight")
         print(f"wrote {out / name}.png", flush=True)
     plt.close("all")
@@ -43,14 +47,24 @@ def contradictions(seed: int) -> plt.Figure:
         ax.contourf(a, b, bad.double(), levels=[0.5, 1.5], colors=[RED])
         ax.plot(line, -line / gamma_1, color=BLUE, label="pi* has no preference in language 1")
         ax.plot(line, -line * gamma_2, color="black", ls="--", label="... in language 2")
-        ax.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", xlabel="log-odds in language 1",
-               title=f"$\\gamma_1\\gamma_2$ = {gamma_1} x {gamma_2} = {gamma_1 * gamma_2:g}"
-                     + (" = $\\beta^2$: consistent" if gamma_1 * gamma_2 == 1 else ""))
+        ax.set(
+            xlim=(-4, 4),
+            ylim=(-4, 4),
+            aspect="equal",
+            xlabel="log-odds in language 1",
+            title=f"$\\gamma_1\\gamma_2$ = {gamma_1} x {gamma_2} = {gamma_1 * gamma_2:g}"
+            + (" = $\\beta^2$: consistent" if gamma_1 * gamma_2 == 1 else ""),
+        )
     axes[0].set_ylabel("log-odds in language 2")
     fills = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (GREY, RED)]
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(fills + handles, ["the reference contradicts itself", "pi* does", *labels],
-                  loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        fills + handles,
+        ["the reference contradicts itself", "pi* does", *labels],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
     return figure
 
 
@@ -78,11 +92,17 @@ def objectives(seed: int, draws: int = 40) -> plt.Figure:
     g, numbers = rng(seed), list(range(2, 9))
     clc = torch.tensor([[mean_clc(logps) for logps in compare(N, 6, draws, g)] for N in numbers])
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for values, name, color in zip(clc.T, ("reference", "joint, Eq. 15", "random pairs"),
-                                   ("black", BLUE, RED), strict=True):
+    for values, name, color in zip(
+        clc.T, ("reference", "joint, Eq. 15", "random pairs"), ("black", BLUE, RED), strict=True
+    ):
         ax.plot(numbers, values, marker="o", label=name, color=color)
-    ax.set(xlabel="languages N", ylabel="CLC (mean RankC)", ylim=(0, 1.05), xticks=numbers,
-           title=f"Minima of the two objectives, {draws} draws")
+    ax.set(
+        xlabel="languages N",
+        ylabel="CLC (mean RankC)",
+        ylim=(0, 1.05),
+        xticks=numbers,
+        title=f"Minima of the two objectives, {draws} draws",
+    )
     ax.grid(alpha=0.3)
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0.92))  # between the curves, on no point
     return figure

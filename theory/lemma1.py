@@ -13,6 +13,7 @@ near gamma_1 gamma_2 is to beta^2, such a reference exists; it only becomes more
 The sign matters, too: with both gammas negative and the right product, G_2 < 0 turns one language's
 ranking upside down. The paper has its gammas in R+.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -48,16 +49,25 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         odds = to_odds(dco.optimal_policy(bad, matrix(gamma_1, gamma_2), beta))
         upside = dco.optimal_policy(ref, matrix(-gamma_1, -(beta**2) / gamma_1), beta)
         turned = margins(upside[1]) + beta / gamma_1 * margins(upside[0])
-        gaps.append([float(x.abs().max()) for x in (contradiction(best), line, odds - wanted,
-                                                    turned)])
+        gaps.append(
+            [float(x.abs().max()) for x in (contradiction(best), line, odds - wanted, turned)]
+        )
     alike, line, converse, turned = torch.tensor(gaps).amax(0).tolist()
     a, b = to_odds(bad).tolist()
     yield Finding("no pair of answers is contradicted (gap in nats of log-odds)", draws, alike)
-    yield Finding("pi*'s log-odds in language 2 are gamma_2 / beta times those in language 1",
-                  draws, line)
-    yield Finding("converse: where gamma_1 gamma_2 is not beta^2, the reference built for it makes "
-                  "pi* say +1 and -1", draws, converse, shown=(
-                      f"gamma = ({gamma_1:.3f}, {gamma_2:.3f}), beta = {beta:.3f}: reference "
-                      f"log-odds ({a:+.3f}, {b:+.3f}), pi* ({odds[0]:+.3f}, {odds[1]:+.3f})"))
-    yield Finding("with negative gammas and that product, language 2 ranks upside down", draws,
-                  turned)
+    yield Finding(
+        "pi*'s log-odds in language 2 are gamma_2 / beta times those in language 1", draws, line
+    )
+    yield Finding(
+        "converse: where gamma_1 gamma_2 is not beta^2, the reference built for it makes "
+        "pi* say +1 and -1",
+        draws,
+        converse,
+        shown=(
+            f"gamma = ({gamma_1:.3f}, {gamma_2:.3f}), beta = {beta:.3f}: reference "
+            f"log-odds ({a:+.3f}, {b:+.3f}), pi* ({odds[0]:+.3f}, {odds[1]:+.3f})"
+        ),
+    )
+    yield Finding(
+        "with negative gammas and that product, language 2 ranks upside down", draws, turned
+    )

@@ -9,6 +9,7 @@ log pi_REF + r-hat / beta + const is pi*. Where it is not, one part may be lifte
 no loss, by another amount in each language: a minimum that contradicts itself. (One pair a
 question, App. H, thus leaves K - 2 log-odds to what the network carries over between questions.)
 """
+
 from collections.abc import Callable, Iterator
 
 import torch
@@ -50,21 +51,32 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     ref, gamma = table(g, draws, 2, K), positive(g, 2, 2).fill_diagonal_(0)
     r, best = dco.align_reward(ref, gamma), dco.optimal_policy(ref, gamma, beta)
     start = table(g, draws, 2, K)
-    for name, pairs in {"all pairs": torch.combinations(torch.arange(K)),
-                        f"K - 1 = {K - 1} pairs that connect": tree(g, K)}.items():
+    for name, pairs in {
+        "all pairs": torch.combinations(torch.arange(K)),
+        f"K - 1 = {K - 1} pairs that connect": tree(g, K),
+    }.items():
         found = descend(lambda logps: loss_over(pairs, logps, ref, r, beta) / beta, start)
         loss = loss_over(pairs, found, ref, r, beta)
         off = margins(dco.implicit_reward(found, ref, beta) - r).abs().max()
-        yield Finding(f"{name}: descent from a random start ends at r-hat = r_ALIGN + c(x)", draws,
-                      worst(off, loss))
+        yield Finding(
+            f"{name}: descent from a random start ends at r-hat = r_ALIGN + c(x)",
+            draws,
+            worst(off, loss),
+        )
         lost = objective(best, ref, r, beta) - objective(found, ref, r, beta)
-        yield Finding(f"{name}: the policy found has the highest J of Eq. 7, as RL would", draws,
-                      worst(lost, kl(found, best)))
+        yield Finding(
+            f"{name}: the policy found has the highest J of Eq. 7, as RL would",
+            draws,
+            worst(lost, kl(found, best)),
+        )
     parts = torch.tensor([[0, 1], [2, 3], [3, 4]])  # nothing between {0, 1} and {2, 3, 4}
     lifted = best.clone()
     lifted[..., :2] -= (best[..., :1] - best[..., 2:3]) - torch.tensor([[1.0], [-1.0]])
     lifted = lifted.log_softmax(-1)
     odds = lifted[..., 0] - lifted[..., 2]  # answer 0 over answer 2: made +1 here and -1 there
     off = (odds - torch.tensor([1.0, -1.0])).abs().max()
-    yield Finding("pairs that do not connect: zero loss, and the languages contradict each other "
-                  "by a nat", draws, worst(off, loss_over(parts, lifted, ref, r, beta)))
+    yield Finding(
+        "pairs that do not connect: zero loss, and the languages contradict each other by a nat",
+        draws,
+        worst(off, loss_over(parts, lifted, ref, r, beta)),
+    )

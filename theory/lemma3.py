@@ -11,6 +11,7 @@ factor, so of the paper's N^2 - N numbers N - 1 are free, and beta cancels.
 Eq. 16 prints gamma_j for gamma_ij. Taken as printed, Gamma_ij = gamma_j / beta off the diagonal,
 which for N >= 3 has rank one only if all are beta. Eq. 18 as printed has gamma_i2 for gamma_i1.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -46,9 +47,17 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         free = positive(g, L, L).fill_diagonal_(0)
         bad = contradicting_reference(free, beta, 0, 1)
         odds = to_odds(dco.optimal_policy(bad, free, beta))[:2]
-        gaps.append([float(x.abs().max()) for x in (
-            contradiction(best), best - consensus, dco.gamma_from_trust(w_of_it, beta) - rank_one,
-            odds - torch.tensor([1.0, -1.0]))])
+        gaps.append(
+            [
+                float(x.abs().max())
+                for x in (
+                    contradiction(best),
+                    best - consensus,
+                    dco.gamma_from_trust(w_of_it, beta) - rank_one,
+                    odds - torch.tensor([1.0, -1.0]),
+                )
+            ]
+        )
         gamma_1, gamma_2 = positive(g, 2).tolist()
         misjudged += not dco.is_consistent(rank_one, beta) or dco.is_consistent(free, beta)
         misjudged += not dco.is_consistent(matrix(gamma_1, beta**2 / gamma_1), beta)
@@ -58,11 +67,19 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         printed += not dco.is_consistent(torch.full((L, L), beta).fill_diagonal_(0), beta)
     alike, pooled, onto, converse = torch.tensor(gaps).amax(0).tolist()
     yield Finding("no pair of answers is contradicted between any two languages", draws, alike)
-    yield Finding("converse: two rows not proportional, and the reference built for them makes pi* "
-                  "say +1 and -1", draws, converse)
+    yield Finding(
+        "converse: two rows not proportional, and the reference built for them makes pi* "
+        "say +1 and -1",
+        draws,
+        converse,
+    )
     yield Finding("trust: log pi*_i = (1 / w_i) sum_j w_j log pi_REF,j + const", draws, pooled)
     yield Finding("trust reaches every positive rank-one Gamma", draws, onto)
-    yield Finding("is_consistent tells these apart, and for N = 2 is Lemma 1 (gap: errors)", draws,
-                  misjudged)
-    yield Finding("Eq. 16 as printed, N >= 3: never of rank one, but for gamma_j = beta "
-                  "(gap: exceptions)", draws, printed)
+    yield Finding(
+        "is_consistent tells these apart, and for N = 2 is Lemma 1 (gap: errors)", draws, misjudged
+    )
+    yield Finding(
+        "Eq. 16 as printed, N >= 3: never of rank one, but for gamma_j = beta (gap: exceptions)",
+        draws,
+        printed,
+    )

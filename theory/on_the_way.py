@@ -12,6 +12,7 @@ RankC never falls, question by question. (Our own; a network's way is not as str
 With three languages an agreement of two may be against the consensus. They turn at different times,
 and in between they contradict each other: their RankC falls, now and then the mean over pairs, too.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -45,8 +46,9 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         clc = agreement(part_way(ref, gamma, torch.arange(201).double()[:, None] / 200))
         dips += bool(clc.diff().min() < -1e-9)
         apart = worst(apart, 1 - clc[-1])
-    yield Finding("two languages, any trust, any speeds: RankC never falls, question by question",
-                  draws, fell)
+    yield Finding(
+        "two languages, any trust, any speeds: RankC never falls, question by question", draws, fell
+    )
     yield Finding("two or three languages: RankC is 1 in the end", draws, apart)
     odds = torch.tensor([1.0, 2.0, 3.0, -30.0], dtype=torch.double)  # three agree; the sum is -24
     gamma = dco.gamma_from_trust(torch.ones(4, dtype=torch.double), 1.0)
@@ -56,6 +58,9 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     agreeing = torch.tensor([3.0, 2.0, 6.0], dtype=torch.double)  # of 6 pairs
     off = (to_odds(path[1]) - 0.95 * odds + 0.05 * 24).abs().max()
     gap = (agreement(path) - low - agreeing / 6 * (1 - low)).abs().max()
-    yield Finding("four at log-odds (1, 2, 3, -30): 3 of 6 pairs agree, at t = 0.05 only 2, then 6",
-                  1, worst(off, gap), shown=(
-                      f"of three random languages the mean RankC falls in {dips} of {draws} draws"))
+    yield Finding(
+        "four at log-odds (1, 2, 3, -30): 3 of 6 pairs agree, at t = 0.05 only 2, then 6",
+        1,
+        worst(off, gap),
+        shown=(f"of three random languages the mean RankC falls in {dips} of {draws} draws"),
+    )

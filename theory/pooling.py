@@ -11,6 +11,7 @@ than English alone. So do two languages that repeat the same evidence. Trust men
 w_i = 1 / s_i the consensus is the posterior again, so *trust a language less the more it
 overstates*; the row `optimum` of a run shows, before a step is taken, whether it should be.
 """
+
 from collections.abc import Iterator
 from itertools import product
 
@@ -63,28 +64,48 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         posterior = (joint / joint.sum(-1, keepdim=True)).log()
         pooled = pool(honest)
         posterior_gap = worst(posterior_gap, (pooled - posterior[:, None]).abs())
-        others = torch.cat([accuracy(joint, honest), accuracy(joint, pool(honest[:, :2])),
-                            accuracy(joint, vote(honest))[None]])
+        others = torch.cat(
+            [
+                accuracy(joint, honest),
+                accuracy(joint, pool(honest[:, :2])),
+                accuracy(joint, vote(honest))[None],
+            ]
+        )
         short = worst(short, others - accuracy(joint, pooled)[0])
         s = positive(g, 3)
         reports = (honest * s[:, None]).log_softmax(-1)
         consensus = pool(reports, 1 / s)[:, 0] / s[0]
         mended = worst(mended, (consensus.log_softmax(-1) - posterior).abs())
     yield Finding("honest, unrelated experts: pi* is the Bayes posterior", draws, posterior_gap)
-    yield Finding("so it is right no less often than each language, than fewer, than their vote "
-                  "(gap: shortfall)", draws, short)
+    yield Finding(
+        "so it is right no less often than each language, than fewer, than their vote "
+        "(gap: shortfall)",
+        draws,
+        short,
+    )
     yield Finding("languages that overstate: trust 1 / s_i restores the posterior", draws, mended)
     joint, reports = world(symmetric([0.9, 0.5], 3))
     boast = torch.tensor([1.0, 10.0], dtype=torch.double)
     boasted = (reports * boast[:, None]).log_softmax(-1)
-    found = torch.stack([accuracy(joint, x)[0] for x in (
-        reports, pool(reports), pool(boasted), pool(boasted, 1 / boast))])
+    found = torch.stack(
+        [
+            accuracy(joint, x)[0]
+            for x in (reports, pool(reports), pool(boasted), pool(boasted, 1 / boast))
+        ]
+    )
     by_hand = torch.tensor([0.9, 0.9, 0.5, 0.9], dtype=torch.double)
-    yield Finding("right at 0.9 with one right at 0.5: 0.9; if it overstates tenfold, 0.5; with "
-                  "trust 1 / 10, 0.9", 1, float((found - by_hand).abs().max()))
+    yield Finding(
+        "right at 0.9 with one right at 0.5: 0.9; if it overstates tenfold, 0.5; with "
+        "trust 1 / 10, 0.9",
+        1,
+        float((found - by_hand).abs().max()),
+    )
     joint, reports = world(symmetric([0.9, 0.4, 0.4], 4))
     found = torch.stack([accuracy(joint, vote(reports)), accuracy(joint, pool(reports))[0]])
     lost, won = 0.9 * 3 * 0.2**2, 0.1 * 0.4**2  # both weak at one wrong answer, at the right
     by_hand = torch.tensor([0.9 - lost + won, 0.9], dtype=torch.double)
-    yield Finding("right at 0.9 with two right at 0.4, of 4 answers: their vote 0.808, pi* 0.9", 1,
-                  float((found - by_hand).abs().max()))
+    yield Finding(
+        "right at 0.9 with two right at 0.4, of 4 answers: their vote 0.808, pi* 0.9",
+        1,
+        float((found - by_hand).abs().max()),
+    )

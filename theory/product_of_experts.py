@@ -11,6 +11,7 @@ a softmax is pi (log pi / pi* - KL), zero only where log pi / pi* is constant, t
 r = sum_j gamma_ij log pi_REF,j (Eq. 15), exp(r / beta) is a product of experts (Eq. 10).
 Without beta > 0 the same identity makes pi* the worst policy there is.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -41,22 +42,36 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         L, K, beta = whole(g, 2, 5), whole(g, 2, 8), float(positive(g))
         ref, pi = table(g, L, K), table(g, L, K)
         gamma = positive(g, L, L).fill_diagonal_(0)
-        reward = torch.stack([sum(gamma[i, j] * ref[j] for j in range(L) if j != i)
-                              for i in range(L)])  # Eq. 15, sharing no code with dco
+        reward = torch.stack(
+            [sum(gamma[i, j] * ref[j] for j in range(L) if j != i) for i in range(L)]
+        )  # Eq. 15, sharing no code with dco
         best = dco.optimal_policy(ref, gamma, beta)
         J = objective(best, ref, reward, beta)
         log_Z = (ref + reward / beta).logsumexp(-1)
         turned = dco.optimal_policy(ref, gamma, -beta)  # the maximiser, were beta negative
         lost = objective(turned, ref, reward, -beta) - objective(pi, ref, reward, -beta)
-        gaps.append(torch.stack([J - objective(pi, ref, reward, beta) - beta * kl(pi, best),
-                                 J - beta * log_Z, lost + beta * kl(pi, turned)]).abs().amax(-1))
+        gaps.append(
+            torch.stack(
+                [
+                    J - objective(pi, ref, reward, beta) - beta * kl(pi, best),
+                    J - beta * log_Z,
+                    lost + beta * kl(pi, turned),
+                ]
+            )
+            .abs()
+            .amax(-1)
+        )
     identity, partition, worst = torch.stack(gaps).amax(0).tolist()
     yield Finding("J(pi*) - J(pi) = beta KL(pi || pi*) for any policy pi", draws, identity)
     yield Finding("J(pi*) = beta log Z", draws, partition)
     ref = torch.rand(draws, 3, 4, generator=g, dtype=torch.double).mul(2).log_softmax(-1)
     gamma = torch.rand(3, 3, generator=g, dtype=torch.double).div(2).fill_diagonal_(0)
     there = ascend(ref, dco.align_reward(ref, gamma), 1.0)
-    yield Finding("gradient ascent of J on a table of logits ends at pi* (gap in nats of KL)",
-                  draws, float(kl(there, dco.optimal_policy(ref, gamma, 1.0)).max()))
-    yield Finding("without beta > 0, pi* is the worst: J(pi*) - J(pi) = -|beta| KL(pi || pi*)",
-                  draws, worst)
+    yield Finding(
+        "gradient ascent of J on a table of logits ends at pi* (gap in nats of KL)",
+        draws,
+        float(kl(there, dco.optimal_policy(ref, gamma, 1.0)).max()),
+    )
+    yield Finding(
+        "without beta > 0, pi* is the worst: J(pi*) - J(pi) = -|beta| KL(pi || pi*)", draws, worst
+    )

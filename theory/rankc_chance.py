@@ -7,6 +7,7 @@ where languages share a taste for some answers without knowing a thing, RankC is
 RankC is 1 iff the rankings are equal (each P@j must be 1, every w_j > 0), and renaming the answers
 in both languages changes nothing, so it cannot know which is right: "independent of accuracy".
 """
+
 from collections.abc import Iterator
 from itertools import permutations
 from math import exp
@@ -21,8 +22,9 @@ def consist(order_1: list[int], order_2: list[int]) -> float:
     """App. I as it is printed, in sets: two lists of answers, best first."""
     N = len(order_1)
     total = sum(exp(N - k) for k in range(1, N + 1))
-    return sum(exp(N - j) / total * len({*order_1[:j]} & {*order_2[:j]}) / j
-               for j in range(1, N + 1))
+    return sum(
+        exp(N - j) / total * len({*order_1[:j]} & {*order_2[:j]}) / j for j in range(1, N + 1)
+    )
 
 
 def check(draws: int, seed: int) -> Iterator[Finding]:
@@ -34,8 +36,12 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         gap = worst(gap, abs(float(scores.mean()) - rankc.chance(N)))
         errors += int(((scores > 1 - 1e-12) != (first == every).all(-1)).sum())
     told = ", ".join(f"{rankc.chance(N):.3f} for {N}" for N in (2, 3, 4, 5, 10))
-    yield Finding("the mean over all N! rankings is sum_j w_j j / N, N = 2 .. 7", orders, gap,
-                  shown=f"chance: {told}")
+    yield Finding(
+        "the mean over all N! rankings is sum_j w_j j / N, N = 2 .. 7",
+        orders,
+        gap,
+        shown=f"chance: {told}",
+    )
     yield Finding("RankC is 1 for equal rankings and no others (gap: exceptions)", orders, errors)
     printed, renamed = 0.0, 0.0
     for _ in range(draws):
@@ -50,6 +56,9 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     yield Finding("renaming the answers alike in both languages changes nothing", draws, renamed)
     a, b, taste = table(g, 2000, 4), table(g, 2000, 4), torch.tensor([6.0, 4.0, 2.0, 0.0])
     shared = float(rankc.rankc(a + taste, b + taste).mean())
-    yield Finding("not so where languages share a taste: RankC is well above chance (gap: 0 or 1)",
-                  2000, float(shared < rankc.chance(4) + 0.1), shown=(
-                      f"chance {rankc.chance(4):.3f}, with a shared taste {shared:.3f}"))
+    yield Finding(
+        "not so where languages share a taste: RankC is well above chance (gap: 0 or 1)",
+        2000,
+        float(shared < rankc.chance(4) + 0.1),
+        shown=(f"chance {rankc.chance(4):.3f}, with a shared taste {shared:.3f}"),
+    )

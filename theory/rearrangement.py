@@ -8,6 +8,7 @@ What it does not say: that pi* is in that order. Eq. 7 also holds pi* to its own
 language's pi* is sorted like the *product* (Eq. 9), seldom like its reward. Consistency needs the
 two products to agree, which is Lemma 1; reward alone would have each language copy the other.
 """
+
 from collections.abc import Iterator
 from itertools import permutations
 
@@ -42,11 +43,15 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         gain = worst(gain, (((swapped - probs) * reward).sum() - by_hand).abs())
         policy = dco.optimal_policy(ref, gamma, 1.0)[0]
         unsorted += policy.argsort().tolist() != reward.argsort().tolist()
-    yield Finding("of all K! orders the best is the other language's (gap: exceptions)",
-                  draws, out_of_order)
+    yield Finding(
+        "of all K! orders the best is the other language's (gap: exceptions)", draws, out_of_order
+    )
     yield Finding("exchanging two probabilities adds the product of the differences", draws, gain)
     ref = from_odds(torch.tensor([4.0, -1.0], dtype=torch.double))  # language 2 disagrees, a bit
     policy = to_odds(dco.optimal_policy(ref, matrix(1.0, 1.0), 1.0))
-    yield Finding("yet pi* itself is not: log-odds 4 against the reward's -1 give it 3", 1,
-                  float((policy - 3).abs().max()), shown=(
-                      f"at random, pi* is in its reward's order in {draws - unsorted} of {draws}"))
+    yield Finding(
+        "yet pi* itself is not: log-odds 4 against the reward's -1 give it 3",
+        1,
+        float((policy - 3).abs().max()),
+        shown=(f"at random, pi* is in its reward's order in {draws - unsorted} of {draws}"),
+    )

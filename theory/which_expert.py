@@ -8,6 +8,7 @@ thinks. The section says that "a low-entropy expert only contributes minimally";
 high-entropy one, and the argument drawn from it (weak languages are unsure and so do little harm)
 needs it that way round. It fails for a weak language that is sure: see pooling.py.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -36,9 +37,16 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     entropy, distance = torch.stack(entropy), torch.stack(distance)  # (T, draws)
     right = (entropy.diff(dim=0) <= 0) & (distance.diff(dim=0) >= 0)
     means = ", ".join(f"{h:.2f}: {d:.2f}" for h, d in zip(entropy.mean(1), distance.mean(1)))
-    yield Finding("the lower its entropy, the more it moves language 1 (gap: exceptions)", draws,
-                  int((~right).sum()), shown=f"mean entropy: mean KL(pi*_1 || pi_REF,1): {means}")
+    yield Finding(
+        "the lower its entropy, the more it moves language 1 (gap: exceptions)",
+        draws,
+        int((~right).sum()),
+        shown=f"mean entropy: mean KL(pi*_1 || pi_REF,1): {means}",
+    )
     certain = torch.stack([ref[:, 0], (ref[:, 1] * 1e5).log_softmax(-1)], 1)
     policy = dco.optimal_policy(certain, gamma, 1.0)[:, 0]
-    yield Finding("a certain expert, of entropy 0, decides (gap: answers not its own)", draws,
-                  int((policy.argmax(-1) != ref[:, 1].argmax(-1)).sum()))
+    yield Finding(
+        "a certain expert, of entropy 0, decides (gap: answers not its own)",
+        draws,
+        int((policy.argmax(-1) != ref[:, 1].argmax(-1)).sum()),
+    )
