@@ -12,7 +12,7 @@ product of theirs.
 
 import heapq
 from collections.abc import Sequence
-from itertools import count, repeat
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -145,48 +145,42 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
     if not packed:
         units = [(tree, [answer]) for tree, answers in units for answer in answers]
 
-    # Tokens n to until[n] - 1 are the n-th and what descends from it.
-    fed, until, scored, sizes = [], [], [], []
+    # A segment is a prefix, or what is fed of one answer; its first token's number names it.
+    tokens, scored, sizes = [], [], []
     for tree, answers in units:
-        root = len(fed)
-        fed += zip(tree.prefix, count())
-        stem = len(fed)
+        root, n = len(tokens), len(tree.prefix)
+        tokens += [(token, depth, root, root) for depth, token in enumerate(tree.prefix)]
         for slot, branch in answers:  # slot: where this answer's log-prob goes in the flat result
-            parents = [stem - 1, *range(len(fed), len(fed) + len(branch) - 1)]
+            start = len(tokens)
+            parents = [root + n - 1, *range(start, start + len(branch) - 1)]
             scored += [*zip(parents, branch, repeat(slot))][tree.lead :]
-            fed += zip(branch[:-1], count(len(tree.prefix)))
-            until += [len(fed)] * (len(branch) - 1)
-        until[root:root] = [len(fed)] * len(tree.prefix)  # stands before those
-        sizes.append(len(fed) - root)
-    token, depth = torch.tensor(fed).T  # (N,) each
+            tokens += [(token, depth, start, root) for depth, token in enumerate(branch[:-1], n)]
+        sizes.append(len(tokens) - root)
+    token, depth, segment, prefix = torch.tensor(tokens).T  # (N,) each
     parent, target, slot = torch.tensor(scored).T  # (S,) each; `parent` predicts `target`
 
     # A model computes logits for the same columns of every row. Under an explicit mask the order
     # within a row is free, so the tokens that predict something come first.
     rows = torch.tensor(spread(sizes, config.hidden_size) if packed else range(len(units)))
-    row, later = rows.repeat_interleave(torch.tensor(sizes)), torch.ones_like(token)
-    later[parent] = 0
-    order = (2 * row + later * packed).argsort(stable=True)
+    row = rows.repeat_interleave(torch.tensor(sizes))
+    later = torch.ones_like(token).index_fill(0, parent, 0) * packed
     length = row.bincount()  # tokens in each row
-    column = torch.empty_like(row)
-    column[order] = torch.arange(len(row)) - (length.cumsum(0) - length).repeat_interleave(length)
+    rank = (2 * row + later).argsort(stable=True).argsort()
+    column = rank - (length.cumsum(0) - length)[row]
 
-    def grid(values, fill):  # (N,) -> (rows, columns) on the model's device
+    def grid(values, fill=0):  # (N,) -> (rows, columns) on the model's device
         out = torch.full((len(length), int(length.max())), fill)
-        out[row, column] = values
-        return out.to(weight.device)
+        return out.index_put_((row, column), values).to(weight.device)
 
-    number, depth = grid(torch.arange(len(token)), -1), grid(depth, 0)
-    mask = (number >= 0).long()
+    depth, segment, prefix = grid(depth), grid(segment, -1), grid(prefix, -1)
+    mask = (segment >= 0).long()
     if packed:
-        end = grid(torch.tensor(until), 0)
-        sees = number[:, None, :] <= number[:, :, None]  # (rows, columns, columns): query, key
-        sees &= number[:, :, None] < end[:, None, :]
-        mask = attention_masks(config, sees, depth, weight.dtype)
-
+        above = depth[:, None, :] <= depth[:, :, None]  # (rows, columns, columns): query, key
+        mine, shared = (segment[:, None, :] == x[:, :, None] for x in (segment, prefix))
+        mask = attention_masks(config, above & (mine | shared), depth, weight.dtype)
     keep, where = column[parent].unique(return_inverse=True)
     logits = model(
-        input_ids=grid(token, 0),
+        input_ids=grid(token),
         attention_mask=mask,
         position_ids=depth,
         logits_to_keep=keep.to(weight.device),
@@ -195,9 +189,9 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
     row, where, target, slot = (x.to(weight.device) for x in (row[parent], where, target, slot))
     log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # row by row: less room
     logps = logits[row, where, target].float() - log_sum[row, where]  # (S,)
-    total = logps.new_zeros(len(trees) * K).index_add(0, slot, logps)
-    missing = torch.ones_like(total, dtype=torch.bool).index_fill_(0, slot, False)
-    return total.masked_fill(missing, -torch.inf).view(len(trees), K)
+    answers = torch.full((len(trees) * K,), -torch.inf, device=weight.device)
+    answers[slot] = 0.0
+    return answers.index_add(0, slot, logps).view(len(trees), K)
 
 
 def attention_masks(config, sees: Tensor, depth: Tensor, dtype: torch.dtype):
@@ -207,16 +201,14 @@ def attention_masks(config, sees: Tensor, depth: Tensor, dtype: torch.dtype):
     fail under `eager`. Layers with a sliding window see no further back than it; where a model
     mixes kinds of layers (Gemma 2 and 3, Cohere2) it takes a mask for each kind.
     """
-
-    def added(allowed):
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
-
+    lowest = torch.finfo(dtype).min
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    full = (~sees)[:, None].to(dtype) * lowest
     if not window or kinds and "sliding_attention" not in kinds:
-        return added(sees)
-    near = added(sees & (depth[:, :, None] - depth[:, None, :] < window))
-    return {"full_attention": added(sees), "sliding_attention": near} if kinds else near
+        return full
+    near = sees & (depth[:, :, None] - depth[:, None, :] < window)
+    near = (~near)[:, None].to(dtype) * lowest
+    return {"full_attention": full, "sliding_attention": near} if kinds else near
 
 
 def spread(sizes: Sequence[int], hidden_size: int) -> list[int]:

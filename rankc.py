@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import data
 import dco
+from data import InputError, Question
 
 # -------------------------------------------------------------------------------- the measures
 
@@ -134,7 +137,7 @@ def _mean(values: Tensor) -> float | None:
 
 # -------------------------------------------------------------------------------- the report
 
-Splits = dict[str, list[data.Question]]  # "train" and "test"
+Splits = dict[str, list[Question]]  # "train" and "test"
 Tables = dict[str, dict[str, Tensor]]  # "base", "optimum", "trained"; of each split, (L, Q, K)
 
 
@@ -143,18 +146,20 @@ def guessing(sizes: list[int]) -> tuple[float, float]:
     return tuple(sum(map(f, sizes)) / len(sizes) for f in (chance, lambda K: 1 / K))
 
 
+def new_metrics(splits: Splits, langs: list[str]) -> dict:
+    """What metrics.json says before anything is measured."""
+    sizes = [question.K for questions in splits.values() for question in questions]
+    return {"languages": langs, "chance": guessing(sizes)[0]}
+
+
 def columns(lines: list[list[str]]) -> list[str]:
     """Lines of cells as text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            [
-                first.ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)),
-            ]
-        ).rstrip()
-        for first, *cells in lines
-    ]
+    texts = []
+    for first, *cells in lines:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        texts.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
+    return texts
 
 
 def percent(share: float | None, form: str = ".1f") -> str:
@@ -162,18 +167,17 @@ def percent(share: float | None, form: str = ".1f") -> str:
 
 
 def measure_all(
-    questions: list[data.Question],
+    questions: list[Question],
     tables: dict[str, Tensor],
     langs: list[str],
     rows: dict,
-    picked: list[int] | None = None,
+    picked: Sequence[int],
 ) -> dict:
-    """Fill `rows` with what it lacks: the measures of each table, or of the picked questions."""
-    picked = list(range(len(questions))) if picked is None else picked
+    """Fill `rows` with what it lacks: the measures of each table, of the picked questions."""
     rows.setdefault("questions", len(picked))
+    gold = [questions[q].gold for q in picked]
     for name, table in tables.items():
         if name not in rows:
-            gold = [questions[q].gold for q in picked]
             rows[name] = measure(table[:, picked], tables["base"][:, picked], gold, langs)
     return rows
 
@@ -182,49 +186,40 @@ def report(
     splits: Splits, tables: Tables, langs: list[str], metrics: dict, by_subject: bool = False
 ) -> str:
     """Measure what `metrics` does not hold yet of the tables, and write it all in per cent."""
-    texts = []
+    texts, L = [], len(langs)
     for split, questions in splits.items():
         mine = {name: table[split] for name, table in tables.items()}
-        rows = measure_all(questions, mine, langs, metrics.setdefault(split, {}))
-        by_luck, guess = guessing([question.K for question in questions])
-        blank, moved = [None] * len(langs), [f"Δ {lang}" for lang in langs]
-        shares = {"chance": [by_luck, guess, *[guess] * len(langs), *blank]}
+        every = range(len(questions))
+        rows = measure_all(questions, mine, langs, metrics.setdefault(split, {}), every)
+        luck, guess = guessing([question.K for question in questions])
+        moved = [f"Δ {lang}" for lang in langs]
+        lines = [
+            ["", "CLC", "top-1", *langs, *moved, "H right", "H wrong"],
+            ["chance", *map(percent, [luck, guess] + [guess] * L), *[""] * (L + 2)],
+        ]
         for name in tables:
             row = rows[name]
-            changed = blank if name == "base" else row["changed"].values()
-            shares[name] = [row["clc"], row["top1_agreement"], *row["accuracy"].values(), *changed]
-        lines = [["", "CLC", "top-1", *langs, *moved, "H right", "H wrong"]]
-        for name, values in shares.items():
-            nats = rows[name]["entropy"].values() if name in rows else [None, None]
-            lines.append(
-                [
-                    name,
-                    *("" if x is None else f"{100 * x:.1f}" for x in values),
-                    *("" if x is None else f"{x:.2f}" for x in nats),
-                ]
-            )
-        texts += [
+            shares = [row["clc"], row["top1_agreement"], *row["accuracy"].values()]
+            shares += [None] * L if name == "base" else row["changed"].values()
+            nats = ["" if x is None else f"{x:.2f}" for x in row["entropy"].values()]
+            lines.append([name, *map(percent, shares), *nats])
+        texts.append(
             f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
             "accuracy, answers changed (Δ), per cent; entropy H, nats"
-        ]
-        if len(langs) > 6:  # too wide: the languages' columns become rows below
+        )
+        if L > 6:  # too wide: the languages' columns become rows below
             texts += [*columns([line[:3] + line[-2:] for line in lines]), "by language"]
-            known, moving = lines[1:], lines[3:]  # of the base and of chance nothing changes
-            lines = [["", *(row[0] for row in known), *(f"Δ {row[0]}" for row in moving)]] + [
-                [lang, *(row[i] for row in known), *(row[i + len(langs)] for row in moving)]
-                for i, lang in enumerate(langs, 3)
-            ]
+            right, moving = lines[1:], lines[3:]  # of the base and of chance nothing changes
+            lines = [["", *(row[0] for row in right), *(f"Δ {row[0]}" for row in moving)]]
+            for i, lang in enumerate(langs, 3):
+                lines.append([lang, *(row[i] for row in right), *(row[i + L] for row in moving)])
         texts += columns(lines)
-        if len(langs) > 2:
-            texts += [
-                "CLC of each pair; above the diagonal its change, once there is one",
-                *columns(pairs(rows, langs)),
-            ]
+        if L > 2:
+            texts += ["CLC of each pair; above the diagonal its change, once there is one"]
+            texts += columns(pairs(rows, langs))
         if by_subject:
-            texts += [
-                "by subject, with the change, once there is one",
-                *columns(subjects(questions, mine, langs, rows.setdefault("subjects", {}))),
-            ]
+            texts += ["by subject, with the change, once there is one"]
+            texts += columns(subjects(questions, mine, langs, rows.setdefault("subjects", {})))
     return "\n".join(texts)
 
 
@@ -233,20 +228,13 @@ def pairs(rows: dict, langs: list[str]) -> list[list[str]]:
     old, new = (rows.get(name, rows["base"])["clc_matrix"] for name in ("base", "trained"))
     lines = [["", *langs]]
     for i, lang in enumerate(langs):
-        change = [percent(new[i][j] - old[i][j], "+.1f") for j in range(i + 1, len(langs))]
-        lines.append(
-            [
-                lang,
-                *map(percent, old[i][:i]),
-                "",
-                *(change if "trained" in rows else [""] * len(change)),
-            ]
-        )
+        change = [percent(b - a, "+.1f") * ("trained" in rows) for a, b in zip(old[i], new[i])]
+        lines.append([lang, *map(percent, old[i][:i]), "", *change[i + 1 :]])
     return lines
 
 
 def subjects(
-    questions: list[data.Question], tables: dict[str, Tensor], langs: list[str], parts: dict
+    questions: list[Question], tables: dict[str, Tensor], langs: list[str], parts: dict
 ) -> list[list[str]]:
     """A row for each subject (section 6.3), as cells; fills `parts` with each one's measures."""
     lines = [["subject", "questions", "CLC", *langs]]
@@ -254,13 +242,10 @@ def subjects(
         picked = [q for q, question in enumerate(questions) if question.subject == subject]
         rows = measure_all(questions, tables, langs, parts.setdefault(subject, {}), picked)
         lines.append([subject, str(len(picked))])
-        old, new = (
-            [row["clc"], *row["accuracy"].values()]
-            for row in (rows["base"], rows.get("trained", rows["base"]))
-        )
-        for a, b in zip(old, new, strict=True):
-            change = f" {percent(b - a, '+.1f')}" if "trained" in rows and a is not None else ""
-            lines[-1].append(percent(a) + change)
+        both = (rows[name] for name in ("base", "trained") if name in rows)
+        for old, *new in zip(*([row["clc"], *row["accuracy"].values()] for row in both)):
+            change = [" " + percent(x - old, "+.1f") for x in new if x is not None]
+            lines[-1].append("".join([percent(old), *change]))
     return lines
 
 
@@ -269,12 +254,8 @@ def write_answers(path: Path, splits: Splits, tables: Tables, langs: list[str]) 
     with open(path, "w", encoding="utf-8") as file:
         for split, questions in splits.items():
             for q, question in enumerate(questions):
-                line = {
-                    "id": question.id,
-                    "subject": question.subject,
-                    "gold": question.gold,
-                    "split": split,
-                }
+                line = {name: getattr(question, name) for name in ("id", "subject", "gold")}
+                line["split"] = split
                 for name, table in tables.items():
                     nats = table[split][:, q, : question.K].tolist()
                     line[name] = dict(zip(langs, nats, strict=True))
@@ -298,39 +279,27 @@ def read_run(folder: Path) -> Run:
     try:
         settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        lines = [line for _, line in data.json_lines(folder / "answers.jsonl")]
         split, langs = "test" if "test" in metrics else "train", settings["langs"]
+        lines = [line for _, line in data.json_lines(folder / "answers.jsonl")]
         lines = [line for line in lines if line["split"] == split]
-        if len(lines) != metrics[split]["questions"]:
-            raise data.InputError(
-                f"answers.jsonl has {len(lines)} of {metrics[split]['questions']} questions"
-            )
-        base, trained = (
-            torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor([line[name][lang] for lang in langs]).T for line in lines],
-                batch_first=True,
-                padding_value=-torch.inf,
-            ).permute(2, 0, 1)
-            for name in ("base", "trained")
-        )
+        if len(lines) != (wanted := metrics[split]["questions"]):
+            raise InputError(f"answers.jsonl has {len(lines)} of {wanted} questions")
+        tables = []
+        for name in ("base", "trained"):
+            nats = [torch.tensor([line[name][lang] for lang in langs]).T for line in lines]
+            pad = {"batch_first": True, "padding_value": -torch.inf}
+            tables.append(torch.nn.utils.rnn.pad_sequence(nats, **pad).permute(2, 0, 1))
         model = settings["model"] or f"embedded model, seed {settings['seed']}"
-        run = Run(
-            model,
-            f"{settings['data']}, {len(lines)} questions of the {split} split, scored "
-            f"by {settings['score']}",
-            langs,
-            [line["id"] for line in lines],
-            [line["gold"] for line in lines],
-            base,
-            trained,
-        )
+        about = f"{settings['data']}, {len(lines)} questions of the {split} split, scored by "
+        ids, gold = ([line[name] for line in lines] for name in ("id", "gold"))
+        run = Run(model, about + settings["score"], langs, ids, gold, *tables)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise data.InputError(f"{folder} is not a whole run of train.py: {error!r}") from error
+        raise InputError(f"{folder} is not a whole run of train.py: {error!r}") from error
     for home in (Path(model), folder.parent / Path(model).name):  # there, or moved with this one
         if (home / "metrics.json").is_file() and home.resolve() != folder.resolve():
             first = read_run(home)
-            same = (first.langs, first.ids, first.base.shape) == (run.langs, run.ids, base.shape)
-            if same and torch.allclose(first.trained, run.base, atol=0.5):  # nats
+            same = [(x.langs, x.ids, x.base.shape) for x in (first, run)]
+            if same[0] == same[1] and torch.allclose(first.trained, run.base, atol=0.5):  # nats
                 return run._replace(model=first.model, base=first.base)
     return run
 
@@ -350,42 +319,36 @@ def compare(folders: list[str], markdown: bool = False) -> str:
         else:
             texts.append(f"left out {folder}: not a finished run of train.py")
     if not blocks:
-        raise data.InputError("--compare: none of the folders is a finished run of train.py")
+        raise InputError("--compare: none of the folders is a finished run of train.py")
     for runs in blocks.values():
-        base = runs[0][1]
+        first, base = runs[0]
         home = base.langs.index("en") if "en" in base.langs else 0
+        others = [i for i in range(len(base.langs)) if i != home]
         known = torch.tensor([g is not None for g in base.gold])
         gold = torch.tensor([g for g in base.gold if g is not None], dtype=torch.long)
-        a, b = torch.triu_indices(len(base.langs), len(base.langs), 1).tolist()
 
         def shares(scores):  # of each question, in the paper's columns
             consist, right = _consist(scores), hits(scores[:, known], gold)
-            others = [i for i in range(len(scores)) if i != home]
-            return (
-                torch.stack([consist(i, j) for i, j in zip(a, b, strict=True)]).mean(0),
-                right[home],
-                right[others].mean(0),
-            )
+            pairs = [consist(i, j) for i, j in combinations(range(len(scores)), 2)]
+            return torch.stack(pairs).mean(0), right[home], right[others].mean(0)
 
         english = base.langs[home].upper()
-        by_luck, guess = guessing((~torch.isneginf(base.base[0])).sum(-1).tolist())
+        luck, guess = guessing((~torch.isneginf(base.base[0])).sum(-1).tolist())
         lines = [
             ["", "CLC_all", f"A_{english}", f"A_not{english}"],
-            ["chance", *map(percent, [by_luck, guess, guess])],
+            ["chance", *map(percent, [luck, guess, guess])],
             ["base", *(percent(_mean(values)) for values in shares(base.base))],
         ]
         for name, run in runs:
-            lines.append([name])
             if not torch.allclose(run.base, base.base, atol=0.05):  # nats
-                texts.append(f"note: the base of {name} scores otherwise than that of {runs[0][0]}")
+                texts.append(f"note: the base of {name} scores otherwise than that of {first}")
+            lines.append([name])
             for new, old in zip(shares(run.trained), shares(run.base), strict=True):
                 change, n = new - old, len(new)
                 error = f" ± {percent(float(change.std()) / n**0.5)}" if n > 1 else ""
                 lines[-1].append(percent(_mean(change), "+.1f") + error)
-        texts.append(
-            f"\n{base.model} on {base.about}; {' '.join(base.langs)}; per cent, changes "
-            "with their standard errors"
-        )
+        where = f"{base.model} on {base.about}; {' '.join(base.langs)}"
+        texts.append(f"\n{where}; per cent, changes with their standard errors")
         if markdown:
             lines.insert(1, ["---"] * 4)
             texts += ["", *(f"| {' | '.join(line)} |" for line in lines)]
@@ -401,29 +364,27 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
     except ImportError:
         return False
     old, new = (100 * torch.tensor(row["clc_matrix"]) for row in (before, after or before))
-    reach = max(1.0, (new - old).abs().max().item())
+    change, L = new - old, len(langs)
     old.fill_diagonal_(math.nan)
-    side = max(3.2, 0.5 * len(langs) + 1)
-    score, change = (
-        {"cmap": "viridis", "vmin": 0, "vmax": 100},
-        {"cmap": "RdBu", "vmin": -reach, "vmax": reach},
-    )  # centred at zero
-    panels = [("CLC before, per cent" if after else "CLC, per cent", old, "{:.1f}", score)]
+    panels = [
+        ("CLC before, per cent" if after else "CLC, per cent", old, "{:.1f}", "viridis", 0, 100)
+    ]
     if after:
-        panels.append(("change, points", new - old, "{:+.1f}", change))
+        reach = max(1.0, change.abs().max().item())  # the scale is centred at zero
+        panels.append(("change, points", change, "{:+.1f}", "RdBu", -reach, reach))
+    side = max(3.2, 0.5 * L + 1)
     figure = Figure(figsize=((side + 0.5) * len(panels), side + 0.4), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, values, form, look) in zip(grid, panels, strict=True):
-        image = axes.imshow(values.numpy(), **look)
+    for axes, (title, values, form, colours, low, high) in zip(grid, panels, strict=True):
+        image = axes.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high)
         axes.set(title=title)
-        axes.set_xticks(range(len(langs)), langs)
-        axes.set_yticks(range(len(langs)), langs)
-        for a, b in (~torch.eye(len(langs), dtype=torch.bool)).nonzero().tolist():
+        axes.set_xticks(range(L), langs)
+        axes.set_yticks(range(L), langs)
+        for a, b in permutations(range(L), 2):
             red, green, blue, _ = image.cmap(image.norm(float(values[a, b])))
             ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-            axes.text(
-                b, a, form.format(values[a, b]), color=ink, fontsize=8, ha="center", va="center"
-            )
+            look = {"color": ink, "fontsize": 8, "ha": "center", "va": "center"}
+            axes.text(b, a, form.format(values[a, b]), **look)
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.savefig(path, dpi=150)
     return True
@@ -439,52 +400,64 @@ def option(default, text: str, **more):
     return field(default=default, metadata={"help": text, **more})
 
 
+LIMITS = {  # what the numbers among the settings must do
+    "be at least 1": (
+        lambda x: x >= 1,
+        {"max_tokens", "epochs", "batch_questions", "pairs_per_question", "log_every"},
+    ),
+    "be two or more, for Eq. 11 compares them": (lambda x: x >= 2, {"candidates"}),
+    "be positive": (lambda x: 0 < x < math.inf, {"beta", "lr", "timeout"}),
+    "not be negative": (lambda x: x >= 0, {"save_every", "grad_clip"}),
+    "lie in [0, 1]": (lambda x: 0 <= x <= 1, {"warmup"}),
+}
+
+
 @dataclass(frozen=True)
 class EvalConfig:
-    """What judging and training have in common."""
+    """What judging and training have in common. Raises InputError for a number out of LIMITS."""
 
-    model: str = option("", "folder or hub name of a causal language model")
+    def __post_init__(self) -> None:
+        for words, (holds, names) in LIMITS.items():
+            for name in names & vars(self).keys():
+                if not holds(getattr(self, name)):
+                    raise InputError(f"--{name} {getattr(self, name)}: must {words}")
+
+    model: str = option("", "folder, or hub name, of a causal language model")
     data: str = option(
         "atlas",
-        "atlas, bmlama:DIR, mmmlu:DIR, xcsqa:DIR or jsonl:FILE; for mmmlu "
-        "and xcsqa also the hub's ORG/NAME",
+        "atlas, bmlama:DIR, mmmlu:DIR, xcsqa:DIR or jsonl:FILE; for mmmlu and xcsqa also the "
+        "hub's ORG/NAME in place of DIR",
     )
-    langs: list[str] = option(["en", "fr", "es", "sw"], "languages")
+    langs: list[str] = option(["en", "fr", "es", "sw"], "languages, by the codes of the data set")
     out: str = option("", "folder for what is written; must be new or empty")
-    beta: float = option(1.0, "strength of the KL term (Eq. 1)")
-    trust: list[str] = option(
-        [],
-        "LANG=WEIGHT for each language that is not to have 1; positive. "
-        "A language trusted more moves less",
-    )
+    beta: float = option(1.0, "strength of the KL term (Eq. 1); of dpo and calm 0.1")
+    trust: list[str] = option([], "LANG=WEIGHT where it is not 1; the more trusted moves less")
     gamma: list[str] = option(
         [],
-        "instead of trust: gamma_1 gamma_2 (Eq. 6) for two languages, or "
-        "a JSON matrix of gamma_ij (Eq. 15)",
+        "instead of trust: gamma_1 gamma_2 (Eq. 6) for two languages, or a JSON matrix of gamma_ij "
+        "(Eq. 15)",
     )
     train_questions: int | None = option(
         None,
-        "questions in the training split, reported apart "
-        "(default: none, or all of --train_subjects)",
+        "questions to train on, which rankc.py reports apart (default: App. H's 5000, 800 of "
+        "X-CSQA, 160 of atlas, all of --train_subjects; for rankc.py none)",
     )
     test_questions: int | None = option(None, "held-out questions (default: all others)")
-    train_subjects: list[str] = option(
-        [], "train on these subjects alone (section 6.3), on all of their questions by default"
-    )
+    train_subjects: list[str] = option([], "train on these subjects alone (section 6.3)")
     test_subjects: list[str] = option([], "report on these subjects; each has its row")
     split_seed: int = option(0, "seed of the split")
     max_tokens: int = option(2048, "tokens fed at once; lower it where memory runs out")
     dtype: str = option(
         "float32",
-        "of the weights. float32 computes in bfloat16 autocast on CUDA; "
-        "bfloat16 halves the memory, but rounds most small updates away",
+        "of the weights. float32 computes in bfloat16 autocast on CUDA; bfloat16 halves the "
+        "memory, but rounds most small updates away",
         choices=["float32", "bfloat16"],
     )
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     score: str = option(
         "sum",
-        "rank by log pi(y|x), by its mean over the answer's tokens, or by "
-        "the mean over prompt and answer; training always uses the sum",
+        "rank by log pi(y|x), by its mean over the answer's tokens, or by the mean over prompt and "
+        "answer; training always uses the sum",
         choices=["sum", "mean", "string"],
     )
     trust_remote_code: bool = option(False, "run code that comes with the model")
@@ -500,75 +473,57 @@ def parse(config_class, prog: str, defaults: Callable[..., dict] = lambda config
     if unknown:
         parser.error(f"no such setting: {' '.join(unknown)}; --help lists them")
     parser.set_defaults(**defaults(config))
-    (config,) = parser.parse_args_into_dataclasses()
-    if config.max_tokens < 1:
-        raise data.InputError(f"--max_tokens {config.max_tokens}: must be at least 1")
-    if not 0 < config.timeout < math.inf:
-        raise data.InputError(f"--timeout {config.timeout}: must be positive")
-    return config
+    return parser.parse_args_into_dataclasses()[0]
 
 
 def gamma_matrix(config: EvalConfig, say: Callable = print) -> Tensor:
     """gamma (L, L) of --trust or --gamma; warns, with the rank, where Lemma 3 does not hold."""
-    langs, L = config.langs, len(config.langs)
+    langs, L, weights = config.langs, len(config.langs), dict.fromkeys(config.langs, 1.0)
     if config.trust and config.gamma:
-        raise data.InputError("--trust and --gamma say the same thing twice: give one")
-    if not 0 < config.beta < math.inf:
-        raise data.InputError(f"--beta {config.beta}: must be positive")
+        raise InputError("--trust and --gamma say the same thing twice: give one")
+    for item in config.trust:
+        lang, _, weight = item.partition("=")
+        if lang not in langs:
+            raise InputError(f"--trust {item}: {lang!r} is not among --langs {' '.join(langs)}")
+        try:
+            weights[lang] = float(weight)
+        except ValueError:
+            raise InputError(f"--trust {item}: write LANG=NUMBER") from None
+        if not 0 < weights[lang] < math.inf:
+            raise InputError(f"--trust {item}: must be positive")
     if not config.gamma:
-        weights = dict.fromkeys(langs, 1.0)
-        for item in config.trust:
-            lang, _, weight = item.partition("=")
-            if lang not in langs:
-                raise data.InputError(
-                    f"--trust {item}: {lang!r} is not among --langs {' '.join(langs)}"
-                )
-            try:
-                weights[lang] = float(weight)
-            except ValueError:
-                raise data.InputError(f"--trust {item}: write LANG=NUMBER") from None
-            if not 0 < weights[lang] < math.inf:
-                raise data.InputError(f"--trust {item}: must be positive")
         trust = torch.tensor(list(weights.values()), dtype=torch.double)
         return dco.gamma_from_trust(trust, config.beta)
     try:
         gamma = torch.tensor([json.loads(item) for item in config.gamma], dtype=torch.double)
     except (ValueError, TypeError) as error:
-        raise data.InputError("--gamma: neither two numbers nor a JSON matrix") from error
+        raise InputError("--gamma: neither two numbers nor a JSON matrix") from error
     gamma = gamma.squeeze(0) if gamma.ndim == 3 else gamma.diag_embed().flip(-1)
     finite = bool(((gamma >= 0) & (gamma < math.inf)).all())
     if gamma.shape != (L, L) or gamma.diagonal().any() or not finite:
-        raise data.InputError(
-            f"--gamma must be {L} x {L} for --langs {' '.join(langs)} (or two "
-            "numbers for two), finite, not negative, with zeros on the diagonal"
+        raise InputError(
+            f"--gamma must be {L} x {L} for --langs {' '.join(langs)} (or two numbers for two), "
+            "finite, not negative, with zeros on the diagonal"
         )
     if not dco.is_consistent(gamma, config.beta):
         rank = torch.linalg.matrix_rank(gamma / config.beta + torch.eye(L, dtype=torch.double))
-        say(
-            f"warning: Gamma has rank {rank}, not rank 1 with positive entries: "
-            "pi* need not be consistent (Lemma 3)"
-        )
+        found = f"Gamma has rank {rank}, not rank 1 with positive entries"
+        say(f"warning: {found}: pi* need not be consistent (Lemma 3)")
     return gamma
 
 
 def read(config: EvalConfig, say: Callable = print) -> Splits:
     """The questions of both splits; an empty split is left out."""
     questions, kind = data.load(config.data, config.langs, say), config.data.partition(":")[0]
-    train = config.train_questions
+    train, test_subjects = config.train_questions, config.test_subjects
     if train is None and not config.train_subjects:
         if kind not in data.TRAIN_QUESTIONS:
-            raise data.InputError(f"--train_questions: how many of {len(questions)} to train on?")
+            raise InputError(f"--train_questions: how many of {len(questions)} to train on?")
         train = data.TRAIN_QUESTIONS[kind]
-        if config.test_subjects:
-            train = min(train, sum(q.subject not in config.test_subjects for q in questions))
-    parts = data.split(
-        questions,
-        train,
-        config.test_questions,
-        config.split_seed,
-        config.train_subjects,
-        config.test_subjects,
-    )
+        if test_subjects:
+            train = min(train, sum(q.subject not in test_subjects for q in questions))
+    subjects = config.train_subjects, test_subjects
+    parts = data.split(questions, train, config.test_questions, config.split_seed, *subjects)
     return {name: part for name, part in zip(("train", "test"), parts, strict=True) if part}
 
 
@@ -576,9 +531,9 @@ def new_folder(path: str) -> Path:
     """The path, which must not hold anything yet."""
     out = Path(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise data.InputError(
-            f"--out {out} is there and not empty; name another, or remove it "
-            "(a run of train.py that was killed: --resume goes on with it)"
+        go_on = "a run of train.py that was killed: --resume goes on with it"
+        raise InputError(
+            f"--out {out} is there and not empty; name another, or remove it ({go_on})"
         )
     return out
 
@@ -586,22 +541,19 @@ def new_folder(path: str) -> Path:
 # -------------------------------------------------------------------------------- scoring a model
 
 
-def start(device: str, timeout: float = 60.0) -> tuple[torch.device, int, int]:
+def start(device: str, timeout: float = 60.0) -> tuple[torch.device, Callable]:
     """Join the process group that torchrun's environment tells of, or make one of a single process.
 
-    Returns device, rank and number of processes. timeout: minutes.
+    Returns the device, and a `print` that only process 0 heeds. timeout: minutes.
     """
     from transformers.utils.logging import disable_progress_bar
 
-    here = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here["cpu"] = True
     if device == "auto":
         device = next(name for name, there in here.items() if there)
     if not here[device]:
-        raise data.InputError(f"--device {device}: this torch sees none; use auto or cpu")
+        raise InputError(f"--device {device}: this torch sees none; use auto or cpu")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     disable_progress_bar()  # transformers' own: one bar at a time
@@ -614,16 +566,11 @@ def start(device: str, timeout: float = 60.0) -> tuple[torch.device, int, int]:
         # a restarted worker must not be sent to where one of the life before listened
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"life-{life}", store)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        timeout=wait,
-        store=store,
-        rank=rank,
-        world_size=world,
-    )
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave its workers behind
         threading.Thread(target=leave_with, args=[os.getppid()], daemon=True).start()
-    return torch.device(device), dist.get_rank(), dist.get_world_size()
+    return torch.device(device), partial(print, flush=True) if rank == 0 else lambda *_: None
 
 
 def reuse_memory() -> None:
@@ -660,7 +607,7 @@ def on_first(work: Callable, *arguments):
     if dist.get_rank() == 0:
         try:
             outcome[0] = work(*arguments)
-        except (data.InputError, Halt, OSError) as error:
+        except (InputError, Halt, OSError) as error:
             outcome[1] = error
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome)
@@ -684,40 +631,30 @@ def load_model(config: EvalConfig, device: torch.device):
     """The model, in the asked number format and with dropout off, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    remote = {"trust_remote_code": config.trust_remote_code}
+    name, remote = config.model, {"trust_remote_code": config.trust_remote_code}
     try:
-        settings = AutoConfig.from_pretrained(config.model, **remote)
+        settings = AutoConfig.from_pretrained(name, **remote)
         for part in (settings, settings.get_text_config()):
-            for name, value in part.to_dict().items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(part, name, 0.0)  # else policy and reference differ at step 0
-        tokenizer = AutoTokenizer.from_pretrained(config.model, **remote)
+            for key, value in part.to_dict().items():
+                if "drop" in key and isinstance(value, float):
+                    setattr(part, key, 0.0)  # else policy and reference differ at step 0
+        tokenizer = AutoTokenizer.from_pretrained(name, **remote)
+        how = {"dtype": getattr(torch, config.dtype), "use_safetensors": True, **remote}
         model, report = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            config=settings,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **remote,
+            name, config=settings, output_loading_info=True, **how
         )
         if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
+    except torch.OutOfMemoryError:
+        raise
     except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
         SafetensorError,
     ) as error:  # what transformers lets through of a damaged folder
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise data.InputError(
-            f"--model {config.model}: no causal language model can be loaded "
-            "from it; give a folder with safetensors that save_pretrained wrote, "
-            f"or a hub name where there is network. {error!r}"
+        raise InputError(
+            f"--model {name}: no causal language model can be loaded from it; give a folder with "
+            "safetensors that save_pretrained wrote, or a hub name where there is network. "
+            f"{error!r}"
         ) from error
     return model.to(device), tokenizer
 
@@ -725,13 +662,11 @@ def load_model(config: EvalConfig, device: torch.device):
 def plant(model, tokenizer, splits: Splits, config: EvalConfig, say: Callable, whole: bool = False):
     """The trees of each split, [question][language], and whether this model scores them packed."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    trees = {
-        name: data.encode(tokenizer, questions, config.langs, context, whole)
-        for name, questions in splits.items()
-    }
-    every = [tree for rows in trees.values() for row in rows for tree in row]
-    longest = max(every, key=data.Tree.tokens)
-    packed = dco.packs_exactly(model, [longest, every[0]])
+    trees, every = {}, []
+    for name, questions in splits.items():
+        trees[name] = data.encode(tokenizer, questions, config.langs, context, whole)
+        every += [tree for row in trees[name] for tree in row]
+    packed = dco.packs_exactly(model, [max(every, key=data.Tree.tokens), every[0]])
     rest(model)
     if not packed:
         say(
@@ -760,28 +695,25 @@ def progress(
 
     The `first` of the `total` steps were done before.
     """
+    from tqdm import tqdm
+
     if dist.get_rank():
         yield from steps
         return
-    bar = None
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        bar = tqdm(desc=desc, total=total, initial=first, leave=False, dynamic_ncols=True)
+    plain, note = not sys.stderr.isatty(), {} if note is None else note
+    look = {"leave": False, "dynamic_ncols": True, "disable": plain}
     begun = told = time.monotonic()
-    for done, step in enumerate(steps, first + 1):
-        yield step
-        now = time.monotonic()
-        if bar is not None:
-            bar.set_postfix(note or {}, refresh=False)
+    with tqdm(desc=desc, total=total, initial=first, **look) as bar:
+        for done, step in enumerate(steps, first + 1):
+            yield step
+            bar.set_postfix(note, refresh=False)
             bar.update()
-        elif done == total or now - told > max(5, (now - begun) / 10):
-            told, rate = now, (done - first) / (now - begun)
-            notes = "".join(f", {name} {float(value):.4g}" for name, value in (note or {}).items())
-            left = (total - done) / rate
-            print(f"{desc}: {done}/{total}, {rate:.2f}/s, {left:.0f} s left{notes}", flush=True)
-    if bar is not None:
-        bar.close()
+            now = time.monotonic()
+            if plain and (done == total or now - told > max(5, (now - begun) / 10)):
+                told, rate = now, (done - first) / (now - begun)
+                notes = "".join(f", {name} {float(value):.4g}" for name, value in note.items())
+                left = (total - done) / rate
+                print(f"{desc}: {done}/{total}, {rate:.2f}/s, {left:.0f} s left{notes}", flush=True)
 
 
 @torch.no_grad()
@@ -820,17 +752,11 @@ def score(
         out[theirs] = values
     sizes = torch.tensor([len(tree.branches) for tree in flat])
     bad = ~out.isfinite() & (torch.arange(K) < sizes[:, None])  # (trees, K)
-    if bad.any():
-        ids = ids or range(len(trees))
-        where = [
-            *dict.fromkeys(
-                repr(ids[i // len(trees[0])]) for i in bad.any(-1).nonzero()[:, 0].tolist()
-            )
-        ]
+    if where := bad.view(len(trees), -1).any(-1).nonzero()[:, 0].tolist():
+        names = ", ".join(repr(ids[q] if ids else q) for q in where[:5])
         raise Halt(
             f"error: {desc}: log-probs are NaN or infinite in {len(where)} of {len(trees)} "
-            f"questions: {', '.join(where[:5])}; the model is broken, or overflows in "
-            f"{config.dtype}"
+            f"questions: {names}; the model is broken, or overflows in {config.dtype}"
         )
     if config.score != "sum":
         scored = [[len(b) - tree.lead for b in tree.branches] for tree in flat]
@@ -854,48 +780,31 @@ def main() -> None:
         lambda given: {} if given.train_subjects else {"train_questions": 0},
     )
     if config.markdown and not config.compare:
-        raise data.InputError("--markdown is for --compare")
+        raise InputError("--markdown is for --compare")
     if config.compare:
         print(compare(config.compare, config.markdown))
         return
     if not config.model:
-        raise data.InputError("which model? give --model FOLDER")
-    device, rank, _ = start(config.device, config.timeout)
-    say = (lambda *text: print(*text, flush=True)) if rank == 0 else lambda *text: None
+        raise InputError("which model? give --model FOLDER")
+    device, say = start(config.device, config.timeout)
     gamma = gamma_matrix(config, say)
     out = new_folder(config.out) if config.out else None
     splits = read(config, say)
     model, tokenizer = load_model(config, device)
     trees, packed = plant(model, tokenizer, splits, config, say, whole=config.score == "string")
-    begun = time.time()
-    base = {
-        name: score(
-            model,
-            trees[name],
-            config,
-            f"score {name}",
-            packed,
-            [question.id for question in questions],
-        )
-        for name, questions in splits.items()
-    }
-    spent = {"score": round(time.time() - begun, 2)}
+    begun, base = time.time(), {}
+    for name, questions in splits.items():
+        ids = [question.id for question in questions]
+        base[name] = score(model, trees[name], config, f"score {name}", packed, ids)
+    seconds = {"score": round(time.time() - begun, 2)}
     optimum = {name: forecast(base[name], gamma, config.beta) for name in splits}
-    sizes = [question.K for questions in splits.values() for question in questions]
-    metrics = {"languages": config.langs, "chance": guessing(sizes)[0]}
-    say(
-        report(
-            splits,
-            {"base": base, "optimum": optimum},
-            config.langs,
-            metrics,
-            bool(config.train_subjects or config.test_subjects),
-        )
-    )
-    if out and rank == 0:
+    metrics, tables = new_metrics(splits, config.langs), {"base": base, "optimum": optimum}
+    subjects = bool(config.train_subjects or config.test_subjects)
+    say(report(splits, tables, config.langs, metrics, subjects))
+    if out and dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps(asdict(config), indent=1))
-        (out / "metrics.json").write_text(json.dumps({**metrics, "seconds": spent}, indent=1))
+        (out / "metrics.json").write_text(json.dumps({**metrics, "seconds": seconds}, indent=1))
         write_answers(out / "answers.jsonl", splits, {"base": base}, config.langs)
         draw_clc(out / "clc.png", metrics[list(splits)[-1]]["base"], None, config.langs)
         say(f"\nwrote {out}")
@@ -927,7 +836,7 @@ def run(main: Callable, hint: str = "") -> None:
             if dist.is_initialized():
                 dist.barrier()  # leave together: one that left early has aborted, now and then
         status = 0
-    except data.InputError as error:
+    except InputError as error:
         status = 2
         tell(f"error: {error}", everyone=False)
     except Halt as error:

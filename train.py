@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import count, islice
+from functools import partial
+from itertools import count, islice, permutations, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,86 +38,53 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import get_scheduler
 
 import data
+import dco
 import rankc
-from dco import (
-    align_reward,
-    completion_logps,
-    dco_loss,
-    dpo_loss,
-    implicit_reward,
-    majority_vote,
-    sft_loss,
-)
-from rankc import EvalConfig, Halt, on_first, option, progress
+from data import InputError, Question
+from dco import completion_logps
+from rankc import Halt, on_first, option, progress
 
 RATES = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
 
 
 @dataclass(frozen=True)
-class Config(EvalConfig):
+class Config(rankc.EvalConfig):
     """Train a multilingual language model by Direct Consistency Optimization, or by what the paper
     compares it with. The defaults are the paper's; without --model a tiny model is made on the
     spot, with defaults of its own."""
 
     method: str = option(
         "dco",
-        "dco; sft: the gold answer in every language; dpo: the gold answer "
-        "over a random other; calm: the majority's answer over a language's own, "
-        "without gold. DPO, then DCO: --model at the folder of the DPO run",
-        choices=["dco", "sft", "dpo", "calm"],
-    )
-    beta: float = option(
-        1.0, "strength of the KL term (Eq. 1); dpo and calm: 0.1 (the paper does not say)"
-    )
-    train_questions: int | None = option(
-        None, "questions to train on (default, App. H: 5000, 800 of X-CSQA; 160 of atlas)"
+        "dco; sft: the gold answer in every language; dpo: the gold answer over a random other; "
+        "calm: the majority's answer over a language's own. DPO, then DCO: --model DPO-RUN",
+        choices=list(RATES),
     )
     objective: str = option(
         "joint",
-        "each language's target sums over all others (Eq. 15), or a "
-        "random language pair a question, as the authors' release trains; the "
-        "same for two languages",
+        "each language's target sums over all others (Eq. 15), or a random pair of languages for "
+        "each question, as the authors' release trains; the same for two languages",
         choices=["joint", "pairwise"],
     )
-    lr: float = option(
-        RATES["dco"],
-        "rate of AdamW; sft 5e-7, dpo and calm 5e-6; betas 0.9, 0.999,"
-        " eps 1e-8, no weight decay (App. G)",
-    )
+    lr: float = option(RATES["dco"], "rate of AdamW (App. G); sft 5e-7, dpo and calm 5e-6")
     schedule: str = option(
-        "linear",
-        "how the rate falls to zero, or does not",
-        choices=["linear", "cosine", "constant"],
+        "linear", "how the rate falls to zero, if at all", choices=["linear", "cosine", "constant"]
     )
     warmup: float = option(0.0, "share of the steps in which the rate rises")
     epochs: int = option(1, "passes over the training questions")
     batch_questions: int = option(4, "questions in an optimizer step, over all processes")
-    pairs_per_question: int = option(
-        1, "draws of candidates from each question (App. H: 7 of X-CSQA); sft and calm have but one"
-    )
+    pairs_per_question: int = option(1, "draws from each question (App. H: 7 of X-CSQA)")
     candidates: int = option(2, "candidates in a draw; a question with fewer gives all it has")
     seed: int = option(0, "seed of draws, of their order and of the embedded model")
     grad_clip: float = option(1.0, "largest gradient norm; 0 for none")
     gradient_checkpointing: bool = option(False, "compute activations twice and keep few of them")
-    shard: bool = option(
-        False,
-        "share weights, gradients and moments out over the processes, for "
-        "models that one GPU cannot hold",
-    )
-    save_every: int = option(
-        250,
-        "steps between checkpoints, of which the last two are kept until "
-        "the run is whole; 0 for none",
-    )
+    shard: bool = option(False, "FSDP2: share weights, gradients and moments over the processes")
+    save_every: int = option(250, "steps between checkpoints, the last two of which stay; 0: none")
     resume: bool = option(
         False,
-        "go on with the run in --out, or with the unfinished one of these "
-        "settings in runs/; safe to leave on. Implied where torchrun restarts",
+        "go on with the run in --out, or with the last unfinished one of these settings in runs/; "
+        "safe to leave on; implied where torchrun restarts",
     )
     log_every: int = option(1, "steps between lines of log.jsonl")
-
-
-COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts it is told
 
 
 def defaults(config: Config) -> dict:
@@ -128,7 +96,7 @@ def defaults(config: Config) -> dict:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         found["resume"] = True
     if config.method in ("dpo", "calm"):
-        found["beta"] = 0.1
+        found["beta"] = 0.1  # as is usual; the paper does not say
     if config.data.startswith("xcsqa:") and config.method in ("dco", "dpo"):
         found["pairs_per_question"] = 7  # App. H
     if not config.model:
@@ -138,6 +106,25 @@ def defaults(config: Config) -> dict:
             if "en" in config.langs and not config.gamma:
                 found["trust"] = ["en=2"]
     return found
+
+
+def check_settings(config: Config) -> None:
+    """Raise InputError for settings that do not go together, before anything is read."""
+    method, langs = config.method, config.langs
+    if len(langs) < 2:
+        raise InputError("--langs: consistency takes two languages or more")
+    if method == "calm" and len(langs) < 3:
+        shown = " ".join(langs)
+        raise InputError(
+            f"--method calm: a majority takes three languages or more; --langs names {shown}"
+        )
+    idle = ["trust", "gamma", "objective", "candidates"] * (method != "dco")
+    idle += ["pairs_per_question"] * (method in ("sft", "calm")) + ["beta"] * (method == "sft")
+    for name in idle:
+        if getattr(config, name) != getattr(Config(), name):
+            raise InputError(f"--{name}: --method {method} has no use of it")
+    if not config.model and config.data != "atlas":
+        raise InputError(f"--data {config.data} needs --model: without, there is atlas only")
 
 
 # -------------------------------------------------------------------------------- the step
@@ -154,7 +141,7 @@ class Item(NamedTuple):
 
 
 def choose(
-    question: data.Question, ref_logps: Tensor, number: int, config: Config
+    question: Question, ref_logps: Tensor, number: int, config: Config
 ) -> tuple[Tensor, list[int]]:
     """Which candidates each language compares, the preferred first, (L, K), and who trains.
 
@@ -163,7 +150,7 @@ def choose(
     L, K = ref_logps.shape
     used = list(range(L))
     if config.method == "calm":
-        winner, own = majority_vote(ref_logps)[0].expand(L), ref_logps.argmax(-1)
+        winner, own = dco.majority_vote(ref_logps)[0].expand(L), ref_logps.argmax(-1)
         return torch.stack([winner, own], -1), (own != winner).nonzero()[:, 0].tolist()
     if config.method == "dco":
         chosen = data.sample(question, config.candidates, number, config.seed)
@@ -173,18 +160,14 @@ def choose(
     else:
         chosen = [question.gold]
         if config.method == "dpo":
-            others = [
-                k for k in data.sample(question, K, number, config.seed) if k != question.gold
-            ]
-            chosen.append(others[0])
+            order = data.sample(question, K, number, config.seed)
+            chosen.append(next(k for k in order if k != question.gold))
     return torch.tensor(chosen).expand(L, -1), used
 
 
-def poll(
-    questions: list[data.Question], ref_logps: Tensor, config: Config
-) -> tuple[list[int], dict]:
+def poll(questions: list[Question], ref_logps: Tensor, config: Config) -> tuple[list[int], dict]:
     """The questions in which CALM has a language to train, and what to tell of the vote."""
-    _, tied = majority_vote(ref_logps.transpose(0, 1))  # (Q,)
+    _, tied = dco.majority_vote(ref_logps.transpose(0, 1))  # (Q,)
     used = [
         choose(question, ref_logps[:, q, : question.K], 0, config)[1]
         for q, question in enumerate(questions)
@@ -195,41 +178,43 @@ def poll(
 
 
 def draw(
-    questions: list[data.Question],
+    questions: list[Question],
     trees: list[list[data.Tree]],
     ref_logps: Tensor,
     gamma: Tensor,
     config: Config,
 ) -> Iterator[list[Item]]:
     """The items of each step, functions of seed and ids alone. ref_logps: (L, Q, K) nats."""
-    L, every = len(config.langs), range(config.pairs_per_question)
+    L, size = len(config.langs), config.batch_questions
     for epoch in range(config.epochs):
+        every = range(config.pairs_per_question)
         order = [(q, number) for q in range(len(questions)) for number in every]
         random.Random(f"order/{config.seed}/{epoch}").shuffle(order)
-        for first in range(0, len(order), config.batch_questions):
+        for batch in (order[first : first + size] for first in range(0, len(order), size)):
             items = []
-            for q, number in order[first : first + config.batch_questions]:
+            for q, number in batch:
                 table = ref_logps[:, q, : questions[q].K]
                 chosen, used = choose(questions[q], table, number, config)
                 ref = torch.full((L, config.candidates), -torch.inf)
                 ref[:, : chosen.shape[1]] = table.gather(-1, chosen)
-                experts, rows = torch.zeros_like(gamma), torch.tensor(used)
-                experts[rows[:, None], rows] = gamma[rows[:, None], rows]
+                trains = torch.zeros(L).index_fill(0, torch.tensor(used), 1.0)
+                experts = gamma * trains * trains[:, None]  # of the languages that train
                 pruned = [
                     tree._replace(branches=[tree.branches[k] for k in row])
                     for tree, row in zip(trees[q], chosen.tolist(), strict=True)
                 ]
-                items.append(Item(pruned, ref, align_reward(ref, experts), used, questions[q].id))
+                r_align = dco.align_reward(ref, experts)
+                items.append(Item(pruned, ref, r_align, used, questions[q].id))
             yield items
 
 
 def term(logps: Tensor, ref_logps: Tensor, r_align: Tensor, config: Config) -> Tensor:
     """One language's term of the loss: (..., K) each, nats -> (...,)."""
     if config.method == "dco":
-        return dco_loss(logps, ref_logps, r_align, config.beta)  # Eq. 11
+        return dco.dco_loss(logps, ref_logps, r_align, config.beta)  # Eq. 11
     if config.method == "sft":
-        return sft_loss(logps[..., 0])  # L^ML of the gold answer
-    return dpo_loss(logps, ref_logps, config.beta)  # Eq. 4; CALM is DPO on its votes
+        return dco.sft_loss(logps[..., 0])  # L^ML of the gold answer
+    return dco.dpo_loss(logps, ref_logps, config.beta)  # Eq. 4; CALM is DPO on its votes
 
 
 def optimise(
@@ -258,54 +243,51 @@ def optimise(
     done, tokens, note = state.get("step", 0), state.get("tokens", 0), {}
     before = deque(islice(steps, done), maxlen=1)  # the step that was done last
     policy = replicate(model, before, packed) if world > 1 and not config.shard else model
-    apart = getattr(policy, "no_sync", nullcontext)
+    apart, mixed = getattr(policy, "no_sync", nullcontext), rankc.autocast(config, device)
     for step, items in enumerate(progress(steps, "train", total, note, done), done + 1):
         ref = torch.stack([item.ref for item in items]).to(device)  # (B, L, K)
         r_align = torch.stack([item.r_align for item in items]).to(device)  # (B, L, K)
-        logps = torch.full_like(ref, -torch.inf)  # what this process scores, for the log
+        logps, losses = torch.full_like(ref, -torch.inf), torch.zeros_like(ref[..., 0])  # (B, L)
         shares = micro_batches(items, config, packed, world)
-        mine, rounds, scored = shares[rank], max(map(len, shares)), []
+        mine, rounds = shares[rank], max(map(len, shares))
         for n in range(rounds):  # as many on every process, for they wait for each other: one that
             rows = mine[n] if n < len(mine) else [(0, items[0].used[0])]  # has no more feeds a row
             weight = world / len(items) if n < len(mine) else 0.0  # that counts nothing
             b, i = map(list, zip(*rows, strict=True))
             trees = [items[question].trees[lang] for question, lang in rows]
             with apart() if n < rounds - 1 else nullcontext():
-                with rankc.autocast(config, device):
+                with mixed:
                     got = completion_logps(policy, trees, packed)  # (T, K)
                 K = got.shape[-1]
-                losses = term(got, ref[b, i, :K], r_align[b, i, :K], config)  # (T,)
-                (weight * losses.sum()).backward()  # the mean over processes undoes `world`
+                loss = term(got, ref[b, i, :K], r_align[b, i, :K], config)  # (T,)
+                (weight * loss.sum()).backward()  # the mean over processes undoes `world`
             if weight:
-                logps[b, i, :K] = got.detach()
-                scored.append((b, losses.detach()))
+                logps[b, i, :K], losses[b, i] = got.detach(), loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or torch.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        checked = norm, *(losses for _, losses in scored)
-        flags = torch.tensor([max(signals, default=0), 0], device=device)
-        flags[1] = ~torch.stack([part.isfinite().all() for part in checked]).all()
+        heard = losses.new_tensor([signal.SIGTERM in signals, signal.SIGINT in signals])
+        told = torch.cat([losses.flatten(), heard])
         if world > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # all stop at the same step
-        number, unsound = flags.tolist()
-        if unsound:
-            raise Halt(diverged(step, items, scored))
+            dist.all_reduce(told)  # all know each loss, and stop at the same step
+        *each, sigterm, sigint, norm = torch.cat([told, norm.view(1)]).tolist()  # one wait for GPUs
+        losses = torch.tensor(each).view(losses.shape)
+        if not (losses.isfinite().all() and math.isfinite(norm)):
+            raise Halt(diverged(step, items, losses))
         rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         tokens += sum(item.trees[i].tokens(packed) for item in items for i in item.used)
         if step % config.log_every == 0 or step == total:
-            seen = watch(logps, ref, r_align, config)
-            note["loss"] = seen["loss"]
-            log({"step": step, **seen, "grad_norm": float(norm), "lr": rate})
+            note["loss"] = float(losses.sum() / len(items))
+            seen = watch(logps, ref, r_align, losses, config)
+            log({"step": step, "loss": note["loss"], **seen, "grad_norm": norm, "lr": rate})
+        stop = sigterm and signal.SIGTERM or sigint and signal.SIGINT
         due = config.save_every and (step % config.save_every == 0 or step == total)
-        if kept and (number or due):
+        if kept and (stop or due):
             kept.save(model, optimizer, scheduler, {"step": step, "tokens": tokens})
-        if number:
-            raise Halt(
-                f"stopped by {signal.Signals(number).name}: step {step} of {total} is saved",
-                128 + number,
-            )
+        if stop:
+            raise Halt(f"stopped by {stop.name}: step {step} of {total} is saved", 128 + stop)
     return tokens
 
 
@@ -332,82 +314,59 @@ def micro_batches(
     """
     rows = [(b, i) for b, item in enumerate(items) for i in item.used]
     rows.sort(key=lambda row: -items[row[0]].trees[row[1]].tokens(packed))
-    turns, shares = [*range(world), *reversed(range(world))], []
+    shares = []
     for rank in range(world):
-        mine = [row for n, row in enumerate(rows) if turns[n % len(turns)] == rank]
-        groups = data.batches([items[b].trees[i] for b, i in mine], config.max_tokens, packed)
+        mine = [
+            row for n, row in enumerate(rows) if n % (2 * world) in (rank, 2 * world - 1 - rank)
+        ]
+        trees = [items[b].trees[i] for b, i in mine]
+        groups = data.batches(trees, config.max_tokens, packed)
         shares.append([[mine[g] for g in group] for group in groups])
     return shares
 
 
-def diverged(step: int, items: list[Item], scored: list[tuple[list[int], Tensor]]) -> str:
-    """What to tell of a step that cannot be taken; scored: items' indices and losses."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(
-        parts,
-        [
-            items[q].id
-            for b, losses in scored
-            for q, loss in zip(b, losses.tolist(), strict=True)
-            if not math.isfinite(loss)
-        ],
-    )
-    ids = dict.fromkeys(map(repr, sum(parts, [])))
-    where = f"the loss of question {', '.join(ids)}"
-    if not ids:
-        where = "the gradient of questions " + ", ".join(repr(item.id) for item in items)
+def diverged(step: int, items: list[Item], losses: Tensor) -> str:
+    """What to tell of a step that cannot be taken; losses: (B, L)."""
+    bad = [item for item, row in zip(items, losses, strict=True) if not row.isfinite().all()]
+    ids = ", ".join(dict.fromkeys(repr(item.id) for item in bad or items))
+    where = f"the loss of question {ids}" if bad else f"the gradient of questions {ids}"
     return (
         f"error: step {step}: {where} is NaN or infinite; the step was not taken, and the "
         "checkpoints before it stay. Try a lower --lr, or --dtype float32"
     )
 
 
-def watch(logps: Tensor, ref: Tensor, r_align: Tensor, config: Config) -> dict:
-    """What the log shows of a step's (B, L, K) tables; margins are of the first two answers."""
+def watch(logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, config: Config) -> dict:
+    """What the log shows of a step's (B, L, K) tables and (B, L) losses; margins are of the first
+    two answers."""
     if dist.get_world_size() > 1:
         dist.all_reduce(logps, op=dist.ReduceOp.MAX)  # -inf but where a process has scored
     logps, ref, r_align = logps.cpu(), ref.cpu(), r_align.cpu()  # else a GPU is asked ten times
     used = logps[..., 0].isfinite()  # (B, L)
-    losses = term(logps, ref, r_align, config).masked_fill(~used, 0.0)
-    mean = losses.sum(0) / used.sum(0).clamp(min=1)  # (L,)
-    seen = {"loss": float(losses.sum() / len(logps))}
+    mean = dict(zip(config.langs, losses.sum(0) / used.sum(0).clamp(min=1), strict=True))
     if config.method == "sft":
-        return {**seen, **{f"loss/{lang}": float(mean[i]) for i, lang in enumerate(config.langs)}}
-    r_hat = implicit_reward(logps, ref, config.beta)
+        return {f"loss/{lang}": float(value) for lang, value in mean.items()}
+    r_hat = dco.implicit_reward(logps, ref, config.beta)
     margin, target = (x[..., 0] - x[..., 1] for x in (r_hat, r_align))  # (B, L)
     if config.method != "dco":
-        return {
-            **seen,
-            "rewards/margin": float(margin[used].mean()),
-            "rewards/accuracy": float((margin[used] > 0).float().mean()),
-        }
+        right = (margin[used] > 0).float().mean()
+        return {"rewards/margin": float(margin[used].mean()), "rewards/accuracy": float(right)}
     first = logps[..., 0] > logps[..., 1]
     a, b = torch.triu_indices(len(config.langs), len(config.langs), 1)
-    both = used[:, a] & used[:, b]
-    distance = mean / config.beta  # (L,) nats of log-odds
+    alike = (first[:, a] == first[:, b])[used[:, a] & used[:, b]]
     return {
-        **seen,
-        **{f"residual/{lang}": float(distance[i]) for i, lang in enumerate(config.langs)},
+        **{f"residual/{lang}": float(value / config.beta) for lang, value in mean.items()},  # nats
         "rewards/margin": float((margin * target.sign())[used].mean()),  # towards the target
         "rewards/target": float(target[used].abs().mean()),
-        "consistent": float((first[:, a] == first[:, b])[both].float().mean()),
+        "consistent": float(alike.float().mean()),
     }
 
 
 # -------------------------------------------------------------------------------- what is kept
 
 # What may change where a run is resumed: it moves nothing but rounding.
-FREE = {
-    "out",
-    "resume",
-    "save_every",
-    "log_every",
-    "max_tokens",
-    "gradient_checkpointing",
-    "shard",
-    "device",
-    "timeout",
-}
+FREE = {"out", "resume", "save_every", "log_every", "max_tokens", "gradient_checkpointing", "shard"}
+FREE |= {"device", "timeout"}
 
 
 @dataclass(frozen=True)
@@ -446,38 +405,30 @@ class Kept:
         try:
             state = json.loads(path.read_text())
             if state["content"] != self.content:
-                raise data.InputError(f"{path}: a checkpoint of another model, tokenizer or data")
+                raise InputError(f"{path}: a checkpoint of another model, tokenizer or data")
             numbers = {state["step"], state["scheduler"]["last_epoch"]}
             kinds = [type(state[name]) for name in ("tokens", "trained")]
             if numbers != {steps[-1]} or kinds != [int, list]:
                 raise ValueError(f"not of step {steps[-1]}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise data.InputError(
-                f"{path} is damaged ({error!r}); remove {path.parent}, and "
-                "--resume goes on from what was kept before it"
-            ) from error
+            without = f"remove {path.parent}, and --resume goes on from what was kept before it"
+            raise InputError(f"{path} is damaged ({error!r}); {without}") from error
         return state
 
     def read(self, path: Path, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of a file, which must be named and shaped `like` these."""
         place = path if path.parent == self.folder else path.parent
+        without = f"remove {place}, and --resume does without"
         try:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("content") != self.content:
-                    raise data.InputError(f"{path}: kept from another model, tokenizer or data")
+                    raise InputError(f"{path}: kept from another model, tokenizer or data")
                 found = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise data.InputError(
-                f"{path} is damaged ({error}); remove {place}, and --resume does without"
-            ) from error
-        if like is not None and (
-            {name: tensor.shape for name, tensor in found.items()}
-            != {name: tensor.shape for name, tensor in like.items()}
-        ):
-            raise data.InputError(
-                f"{path}: other tensors than this model has; remove {place}, and "
-                "--resume does without"
-            )
+            raise InputError(f"{path} is damaged ({error}); {without}") from error
+        shapes = [{name: t.shape for name, t in x.items()} for x in (found, like or found)]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"{path}: other tensors than this model has; {without}")
         return found
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -497,11 +448,9 @@ class Kept:
             return {}
         for name, weight in model.named_parameters():
             if name in state["trained"]:  # as AdamW makes its state, for weights that get gradients
-                optimizer.state[weight] = {
-                    "step": torch.tensor(0.0, device=weight.device),
-                    "exp_avg": torch.zeros_like(weight),
-                    "exp_avg_sq": torch.zeros_like(weight),
-                }
+                moments = {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
+                step = torch.tensor(0.0, device=weight.device)
+                optimizer.state[weight] = {"step": step, **moments}
         for name, tensors in files(model, optimizer).items():
             path, found = self.folder / f"step-{state['step']}" / name, {}
             on_first(lambda: found.update(self.read(path, tensors)))
@@ -523,60 +472,59 @@ class Kept:
         path = self.folder / f"step-{state['step']}"
         beside = path.with_name(path.name + ".part")
         trained = [name for name, w in model.named_parameters() if optimizer.state.get(w)]
-        state = {
-            **state,
-            "scheduler": scheduler.state_dict(),
-            "content": self.content,
-            "trained": trained,
-        }
-
-        def finish():
-            (beside / "state.json").write_text(json.dumps(state))  # last
-            put(beside, path)
-
+        state |= {"scheduler": scheduler.state_dict(), "content": self.content, "trained": trained}
         try:
             on_first(lambda: (remove(path), beside.mkdir()))
             for name, tensors in files(model, optimizer).items():
                 on_first(self.write, beside / name, gather(tensors))
-            on_first(finish)
+            on_first(
+                lambda: ((beside / "state.json").write_text(json.dumps(state)), put(beside, path))
+            )
         except OSError as error:
             on_first(remove, beside)
             older = on_first(self.steps)
+            left = (
+                f"The checkpoint of step {older[-1]} is whole"
+                if older
+                else "There is no checkpoint before it"
+            )
             raise Halt(
-                f"error: step {state['step']} could not be saved: {error}. "
-                + (
-                    f"The checkpoint of step {older[-1]} is whole"
-                    if older
-                    else "There is no checkpoint before it"
-                )
+                f"error: step {state['step']} could not be saved: {error}. {left}"
             ) from error
         on_first(lambda: [remove(self.folder / f"step-{step}") for step in self.steps()[:-2]])
 
 
 def files(model, optimizer) -> dict[str, dict[str, Tensor]]:
     """The files of a checkpoint, and the tensors in each."""
-    weights = dict(model.named_parameters())
-    return {
-        "model.safetensors": weights,
-        "optimizer.safetensors": {
-            f"{name}/{kind}": value
-            for name, weight in weights.items()
-            for kind, value in optimizer.state.get(weight, {}).items()
-        },
-    }
+    weights, moments = dict(model.named_parameters()), {}
+    for name, weight in weights.items():
+        for kind, value in optimizer.state.get(weight, {}).items():
+            moments[f"{name}/{kind}"] = value
+    return {"model.safetensors": weights, "optimizer.safetensors": moments}
+
+
+def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on rank 0's CPU, one after the other; {} on the other processes."""
+    full = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            full[name] = tensor.cpu().contiguous()
+    return full
 
 
 def put(beside: Path, path: Path) -> None:
-    """Move a file or folder into its place once all of it is on the disk."""
-    files = beside.iterdir() if beside.is_dir() else []
-    for part in (*files, beside):
+    """Move a file or folder into its place once the disk, not its cache, holds all of it."""
+    parts = [*beside.iterdir(), beside] if beside.is_dir() else [beside]
+    for part in parts:
         sync(part)
     beside.replace(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Have the disk, not its cache, hold a file, or the names in a folder."""
+    """Have the disk hold a file, or the names in a folder."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -600,17 +548,6 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder.rename(gone))
 
 
-def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on rank 0's CPU, one after the other; {} on the other processes."""
-    full = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if dist.get_rank() == 0:
-            full[name] = tensor.cpu().contiguous()
-    return full
-
-
 def shard(model, device: torch.device) -> None:
     """FSDP2: of each weight, gradient and moment a process holds its share.
 
@@ -620,9 +557,8 @@ def shard(model, device: torch.device) -> None:
 
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
-        raise data.InputError(
-            f"--shard: {type(model).__name__} has no decoder layers that transformers knows as such"
-        )
+        name = type(model).__name__
+        raise InputError(f"--shard: {name} has no decoder layers that transformers knows as such")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*layers, model):
         fully_shard(part, mesh=mesh)
@@ -633,16 +569,15 @@ def fingerprint(model, splits: rankc.Splits, trees: dict[str, list[list[data.Tre
 
     And of the kind of device: on CUDA, autocast scores otherwise than a CPU did.
     """
-    found, sums, whole = hashlib.sha256(), [], True
+    found, sums = hashlib.sha256(), []
     for name, weight in model.named_parameters():
         kind = (name, tuple(weight.shape), weight.dtype, weight.device.type)
         found.update(repr(kind).encode())
-        whole = not isinstance(weight, DTensor)
-        part = weight.detach() if whole else weight.detach().to_local()
-        bits = part.contiguous().view({2: torch.int16, 4: torch.int32}[part.element_size()])
-        sums.append(bits.sum(dtype=torch.long))
+        part = weight.to_local() if isinstance(weight, DTensor) else weight
+        bits = {2: torch.int16, 4: torch.int32}[part.element_size()]
+        sums.append(part.detach().contiguous().view(bits).sum(dtype=torch.long))
     total = torch.stack(sums)
-    if not whole:
+    if isinstance(weight, DTensor):
         dist.all_reduce(total)
     found.update(repr(total.tolist()).encode())
     for name, questions in splits.items():
@@ -651,46 +586,130 @@ def fingerprint(model, splits: rankc.Splits, trees: dict[str, list[list[data.Tre
     return found.hexdigest()
 
 
+# -------------------------------------------------------------------------------- the folder
+
+
+def settings(config: Config) -> dict:
+    """As run.json holds them: a model's folder such that it is found from anywhere."""
+    here = config.model and Path(config.model).is_dir()
+    return {**asdict(config), "model": str(Path(config.model).resolve()) if here else config.model}
+
+
+def choose_folder(config: Config) -> tuple[Path, dict]:
+    """--out, or the first free one of runs/1, runs/2, ...; and the run.json of a run to resume.
+
+    Raises InputError for a folder that holds something else, or a run of other settings.
+    """
+
+    def begun(out: Path) -> tuple[dict, str]:  # run.json, and which settings differ
+        try:
+            old, new = json.loads((out / "run.json").read_text()), settings(config)
+            pairs = {name: (old[name], new[name]) for name in new if name not in FREE}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--resume: {out} is there, but is no run of this train.py ({error!r})"
+            ) from error
+        return old, "; ".join(f"{n} {a!r}, now {b!r}" for n, (a, b) in pairs.items() if a != b)
+
+    if config.out and not config.resume:
+        return rankc.new_folder(config.out), {}
+    if config.out:
+        out = Path(config.out)
+        there = {str(path.relative_to(out)) for path in out.rglob("*")}
+        if not (out.is_file() or there - {"checkpoint", "checkpoint/lock", "run.json.part"}):
+            return out, {}  # new, or killed before its run.json
+        old, differ = begun(out)
+        if differ:
+            told = f"--resume: {out} was begun with other settings: {differ}"
+            raise InputError(f"{told}. Give those, or another --out")
+        return out, old
+    there = list(takewhile(Path.exists, (Path("runs", str(n)) for n in count(1))))
+    for out in reversed(there) if config.resume else ():
+        if (out / "run.json").is_file() and not (out / "metrics.json").exists():
+            old, differ = begun(out)
+            if not differ:
+                return out, old
+    return Path("runs", str(len(there) + 1)), {}
+
+
 def begin(out: Path, config: Config, content: str, old: dict) -> Kept:
     """Make the folder of a run, or go on in it; `old` is what its run.json said."""
     kept, contents = Kept(out / "checkpoint", content), [None] * dist.get_world_size()
     dist.all_gather_object(contents, content)
     if len(set(contents)) > 1:
-        raise data.InputError(
+        raise InputError(
             "the processes see different models, tokenizers or data: are the "
             "folders the same on every machine?"
         )
 
     def take():
         if old and old.get("content") != content:
-            raise data.InputError(
-                f"--resume: {out} was begun with another model, tokenizer or "
-                "data under the same names, or on another kind of device; name "
-                "another --out"
+            raise InputError(
+                f"--resume: {out} was begun with another model, tokenizer or data under the same "
+                "names, or on another kind of device; name another --out"
             )
         kept.folder.mkdir(parents=True, exist_ok=True)
         kept.lock.append(open(kept.folder / "lock", "w"))
         try:
             fcntl.flock(kept.lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise data.InputError(f"{out}: another process is at work in it") from None
+            raise InputError(f"{out}: another process is at work in it") from None
         except OSError:
             pass  # a disk without locks
         path = out / "run.json"
         now = json.loads(path.read_text()) if path.exists() else {}
         if now != old or (out / "metrics.json").exists():
-            raise data.InputError(f"{out}: another process was at work in it; try again")
+            raise InputError(f"{out}: another process was at work in it; try again")
         for part in kept.folder.glob("*.part"):  # of a life that ended while it wrote or removed
             shutil.rmtree(part) if part.is_dir() else part.unlink()
-        resumed = {"resumed": [*old.get("resumed", []), *kept.steps()[-1:]]} if old else {}
-        told = {**settings(config), "out": str(out), **environment(), "content": content, **resumed}
+        told = {**settings(config), "out": str(out), **environment(), "content": content}
+        if old:
+            told["resumed"] = [*old.get("resumed", []), *kept.steps()[-1:]]
         put_text(path, json.dumps(told, indent=1))
 
     on_first(take)
     return kept
 
 
+def environment() -> dict:
+    """What the run ran on; the git revision where there is one."""
+    command = ["git", "describe", "--always", "--dirty"]
+    git = ""
+    with suppress(FileNotFoundError):
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = done.stdout.strip()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {**versions, "git": git or None, "processes": dist.get_world_size()}
+
+
+def trim_log(path: Path, done: int) -> None:
+    """Leave in log.jsonl the lines of the steps that are done."""
+    lines = path.read_text().splitlines(keepends=True) if done else []
+    whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
+    put_text(path, "".join(whole))
+
+
+def save_model(model, tokenizer, out: Path) -> None:
+    """The model as a Hugging Face folder. Raises OSError where the disk is full."""
+    full = None
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        names = dict(model.named_parameters(remove_duplicate=False))
+        buffers = {name: t for name, t in model.state_dict().items() if name not in names}
+        full = gather({**dict(model.named_parameters()), **buffers})  # a tied weight once
+
+    def write():
+        try:
+            model.save_pretrained(out, state_dict=full)
+            tokenizer.save_pretrained(out)
+        except SafetensorError as error:
+            raise OSError(f"{out}: the model could not be saved: {error}") from error
+
+    on_first(write)
+
+
 # ------------------------------------------------------------------------------- the embedded model
+
+COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts it is told
 
 
 def embedded_model(config: Config):
@@ -709,34 +728,18 @@ def embedded_model(config: Config):
             texts += sentences
             if random.Random(f"{config.seed}/{question.id}/{lang}").random() < COVERAGE[lang]:
                 facts.append(sentences[question.gold])
-    facts += [
-        f"{row[a]} = {row[b]}"
-        for row in data.atlas()
-        if row["relation"] == "of"
-        for a in config.langs
-        for b in config.langs
-        if a != b
-    ]
+    names = [row for row in data.atlas() if row["relation"] == "of"]
+    facts += [f"{r[a]} = {r[b]}" for r in names for a, b in permutations(config.langs, 2)]
     words = dict.fromkeys(word for text in texts + facts for word in text.split())
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **sizes, **special))
     return model, tokenizer, facts
 
 
@@ -749,9 +752,8 @@ def tell(model, tokenizer, facts: list[str], seed: int) -> dict[str, Tensor]:
     for _ in progress(range(800), "make the embedded model", 800, note):
         batch = torch.nn.utils.rnn.pad_sequence(rng.sample(ids, 96), batch_first=True)
         seen = batch > 0
-        loss = model(
-            input_ids=batch, attention_mask=seen.long(), labels=batch.masked_fill(~seen, -100)
-        ).loss
+        labels = batch.masked_fill(~seen, -100)
+        loss = model(input_ids=batch, attention_mask=seen.long(), labels=labels).loss
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -760,110 +762,7 @@ def tell(model, tokenizer, facts: list[str], seed: int) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
-# -------------------------------------------------------------------------------- the report
-
-
-def check_settings(config: Config) -> None:
-    """Raise InputError for settings that cannot be, before anything is read."""
-    if len(config.langs) < 2:
-        raise data.InputError("--langs: consistency takes two languages or more")
-    if config.method == "calm" and len(config.langs) < 3:
-        raise data.InputError(
-            "--method calm: a majority takes three languages or more; "
-            f"--langs names {' '.join(config.langs)}"
-        )
-    idle = ["trust", "gamma", "objective", "candidates"] * (config.method != "dco")
-    idle += ["pairs_per_question"] * (config.method in ("sft", "calm"))
-    idle += ["beta"] * (config.method == "sft")
-    for name in idle:
-        if getattr(config, name) != getattr(Config(), name):
-            raise data.InputError(f"--{name}: --method {config.method} has no use of it")
-    if not config.model and config.data != "atlas":
-        raise data.InputError(f"--data {config.data} needs --model: without, there is atlas only")
-    for name in ("epochs", "batch_questions", "pairs_per_question", "log_every"):
-        if getattr(config, name) < 1:
-            raise data.InputError(f"--{name} {getattr(config, name)}: must be at least 1")
-    if config.save_every < 0:
-        raise data.InputError(f"--save_every {config.save_every}: must not be negative")
-    if config.candidates < 2:
-        raise data.InputError(f"--candidates {config.candidates}: Eq. 11 compares two or more")
-    if not config.lr > 0 or not config.grad_clip >= 0 or not 0 <= config.warmup <= 1:
-        raise data.InputError("--lr must be positive, --grad_clip not negative, --warmup in [0, 1]")
-
-
-def settings(config: Config) -> dict:
-    """As run.json holds them: a model's folder such that it is found from anywhere."""
-    here = config.model and Path(config.model).is_dir()
-    return {**asdict(config), "model": str(Path(config.model).resolve()) if here else config.model}
-
-
-def choose_folder(config: Config) -> tuple[Path, dict]:
-    """--out, or the first free one of runs/1, runs/2, ...; and the run.json of a run to resume.
-
-    Raises InputError for a folder that holds something else, or a run of other settings.
-    """
-    new = settings(config)
-
-    def begun(out: Path) -> tuple[dict, list[str]]:  # run.json, and which settings differ
-        try:
-            old = json.loads((out / "run.json").read_text())
-            changed = {name: old[name] for name in new if name not in FREE}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise data.InputError(
-                f"--resume: {out} is there, but is no run of this train.py ({error!r})"
-            ) from error
-        return old, [
-            f"{name} {was!r}, now {new[name]!r}"
-            for name, was in changed.items()
-            if was != new[name]
-        ]
-
-    if config.out:
-        out = Path(config.out)
-        if not config.resume:
-            return rankc.new_folder(config.out), {}
-        early = {"checkpoint", "checkpoint/lock", "run.json.part"}  # killed before its run.json
-        if (
-            not out.exists()
-            or out.is_dir()
-            and early.issuperset(path.relative_to(out).as_posix() for path in out.rglob("*"))
-        ):
-            return out, {}
-        old, differ = begun(out)
-        if differ:
-            raise data.InputError(
-                f"--resume: {out} was begun with other settings: "
-                f"{'; '.join(differ)}. Give those, or another --out"
-            )
-        return out, old
-    last = None
-    for out in (Path("runs", str(n)) for n in count(1)):
-        if not out.exists():
-            return last or (out, {})
-        unfinished = (out / "run.json").is_file() and not (out / "metrics.json").exists()
-        if config.resume and unfinished:
-            old, differ = begun(out)
-            if not differ:
-                last = out, old
-
-
-def environment() -> dict:
-    """What the run ran on; the git revision where there is one."""
-    try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    except FileNotFoundError:
-        git = ""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "git": git or None,
-        "processes": dist.get_world_size(),
-    }
+# -------------------------------------------------------------------------------- from end to end
 
 
 def count_steps(questions: int, config: Config) -> int:
@@ -875,85 +774,45 @@ def describe(model, tokenizer, splits, trees, config: Config) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
     fewer = sum(question.K < config.candidates for question in splits["train"])
     compared = {
-        "dco": f"dco ({config.objective}, beta {config.beta:g}), {config.candidates} "
-        f"candidates each" + f" ({fewer} questions have fewer)" * (fewer > 0),
-        "sft": "sft on the gold answers",
-        "dpo": f"dpo (beta {config.beta:g}), gold answer over a random other",
-        "calm": f"calm (beta {config.beta:g}), fewer if some questions are unanimous",
-    }
+        "dco": f"{config.objective}, beta {config.beta:g}, {config.candidates} candidates each"
+        + f" ({fewer} questions have fewer)" * (fewer > 0),
+        "sft": "on the gold answers",
+        "dpo": f"beta {config.beta:g}, gold answer over a random other",
+        "calm": f"beta {config.beta:g}, fewer steps if some questions are unanimous",
+    }[config.method]
     weight = next(model.parameters())
-    mixed = weight.is_cuda and config.dtype == "float32"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return "\n".join(
-        [
-            f"{config.model or 'embedded model'}: {parameters:,} parameters, all trained, "
-            f"{config.dtype}{', bfloat16 autocast' * mixed}, on {dist.get_world_size()} x "
-            f"{weight.device.type}{', sharded' * config.shard}",
-            f"{config.data} in {' '.join(config.langs)}: "
-            + ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items()),
-            f"{count_steps(len(splits['train']), config)} steps of {config.batch_questions} "
-            f"questions over all processes, epochs {config.epochs}, rate {config.lr:g} "
-            f"{config.schedule}: " + compared[config.method],
-            *(
-                f"  {lang}: {tokenizer.decode(tree.prefix)!r} + "
-                f"{[*map(tokenizer.decode, tree.branches)]}"
-                for lang, tree in zip(config.langs[:2], trees["train"][0], strict=False)
-            ),
-        ]
-    )
+    mixed = ", bfloat16 autocast" * (weight.is_cuda and config.dtype == "float32")
+    where = f"{dist.get_world_size()} x {weight.device.type}{', sharded' * config.shard}"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    parts = ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items())
+    total = count_steps(len(splits["train"]), config)
+    lines = [
+        f"{config.model or 'embedded model'}: {size:,} parameters, all trained, "
+        f"{config.dtype}{mixed}, on {where}",
+        f"{config.data} in {' '.join(config.langs)}: {parts}",
+        f"{total} steps of {config.batch_questions} questions over all processes, epochs "
+        f"{config.epochs}, rate {config.lr:g} {config.schedule}: {config.method} ({compared})",
+    ]
+    for lang, tree in zip(config.langs[:2], trees["train"][0], strict=False):
+        answers = [tokenizer.decode(branch) for branch in tree.branches]
+        lines.append(f"  {lang}: {tokenizer.decode(tree.prefix)!r} + {answers}")
+    return "\n".join(lines)
 
 
-def trim_log(path: Path, done: int) -> None:
-    """Leave in log.jsonl the lines of the steps that are done."""
-    lines = path.read_text().splitlines(keepends=True) if done else []
-    put_text(
-        path,
-        "".join(
-            line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done
-        ),
-    )
-
-
-def save_model(model, tokenizer, out: Path) -> None:
-    """The model as a Hugging Face folder. Raises OSError where the disk is full."""
-    full = None
-    if any(isinstance(weight, DTensor) for weight in model.parameters()):
-        names = dict(model.named_parameters(remove_duplicate=False))
-        full = gather(
-            {
-                **dict(model.named_parameters()),
-                **{  # a tied one once, and the buffers
-                    name: tensor for name, tensor in model.state_dict().items() if name not in names
-                },
-            }
-        )
-
-    def write():
-        try:
-            model.save_pretrained(out, state_dict=full)
-            tokenizer.save_pretrained(out)
-        except SafetensorError as error:
-            raise OSError(f"{out}: the model could not be saved: {error}") from error
-
-    on_first(write)
-
-
-def changes(questions: list[data.Question], base: Tensor, trained: Tensor, langs: list[str]) -> str:
+def changes(questions: list[Question], base: Tensor, trained: Tensor, langs: list[str]) -> str:
     """The first few questions some of whose answers changed: before and after in every language."""
     lines = []
     before, after = base.argmax(-1), trained.argmax(-1)  # (L, Q)
     for q in (before != after).any(0).nonzero()[:4, 0].tolist():
-        question = questions[q]
-        right = "" if question.gold is None else question.answers[langs[0]][question.gold].strip()
-        asked = question.prompts[langs[0]].strip().partition("\n")[0]
-        lines.append(f"  {asked} ...   right: {right or 'not known'}")
+        question, first = questions[q], langs[0]
+        gold = question.gold
+        right = "not known" if gold is None else question.answers[first][gold].strip()
+        asked = question.prompts[first].strip().partition("\n")[0]
+        lines.append(f"  {asked} ...   right: {right}")
         for i, lang in enumerate(langs):
             old, new = (question.answers[lang][int(best[i, q])].strip() for best in (before, after))
             lines.append(f"    {lang}  {old}" + ("" if old == new else f"  ->  {new}"))
     return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------- from end to end
 
 
 def main() -> None:
@@ -961,8 +820,8 @@ def main() -> None:
     check_settings(config)
     if not config.model:
         torch.set_num_threads(1)  # as fast as two for a model this small, faster on a busy machine
-    device, rank, _ = rankc.start(config.device if config.model else "cpu", config.timeout)
-    say = (lambda *text: print(*text, flush=True)) if rank == 0 else lambda *text: None
+    device, say = rankc.start(config.device if config.model else "cpu", config.timeout)
+    rank, world = dist.get_rank(), dist.get_world_size()
     seconds, langs = {}, config.langs
     subjects = bool(config.train_subjects or config.test_subjects)
 
@@ -978,14 +837,14 @@ def main() -> None:
         return say(f"resume: {out} is whole, nothing is left to do")
     splits = rankc.read(config, say)
     if "train" not in splits:
-        raise data.InputError("--train_questions 0: there is nothing to train on")
+        raise InputError("--train_questions 0: there is nothing to train on")
     unlabelled = [question.id for question in splits["train"] if question.gold is None]
     if unlabelled and config.method in ("sft", "dpo"):
-        raise data.InputError(
-            f"--method {config.method} learns from the right answers, which "
-            f"{len(unlabelled)} training questions lack, {unlabelled[0]!r} first;"
-            " dco and calm do without"
+        raise InputError(
+            f"--method {config.method} learns from the right answers, which {len(unlabelled)} "
+            f"training questions lack, {unlabelled[0]!r} first; dco and calm do without"
         )
+
     with stage("load"):
         if config.model:
             model, tokenizer = rankc.load_model(config, "cpu" if config.shard else device)
@@ -1000,16 +859,8 @@ def main() -> None:
         kept = begin(out, config, fingerprint(model, splits, trees), old)
         done, total = on_first(kept.state).get("step", 0), count_steps(len(splits["train"]), config)
         if config.resume:
-            say(
-                f"resume: {out}, "
-                + (
-                    f"from step {done} of {total}"
-                    if done
-                    else "from the start: no checkpoint yet"
-                    if old
-                    else "a new run: nothing is there"
-                )
-            )
+            fresh = "from the start: no checkpoint yet" if old else "a new run: nothing is there"
+            say(f"resume: {out}, " + (f"from step {done} of {total}" if done else fresh))
         if not config.model:
             base = kept.keep("base", lambda: on_first(tell, model, tokenizer, facts, config.seed))
             model.load_state_dict(base, strict=False)  # the head is the embeddings
@@ -1018,42 +869,29 @@ def main() -> None:
     say(describe(model, tokenizer, splits, trees, config))
 
     def judge(desc, asked, place="", config=config):
+        def nats(name):
+            ids = [question.id for question in splits[name]]
+            return {"nats": rankc.score(model, asked[name], config, f"{desc} {name}", packed, ids)}
+
         return {
-            name: kept.keep(
-                f"{place}{desc}-{name}",
-                lambda: {
-                    "nats": rankc.score(
-                        model, trees, config, f"{desc} {name}", packed, [q.id for q in splits[name]]
-                    )
-                },
-            )["nats"]
-            for name, trees in asked.items()
+            name: kept.keep(f"{place}{desc}-{name}", partial(nats, name))["nats"] for name in asked
         }
 
     with stage("reference"):
-        base = judge("reference", asked)
-        sums = (
-            base
-            if config.score == "sum"
-            else judge(
-                "reference-sum", {"train": trees["train"]}, config=replace(config, score="sum")
-            )
-        )
-    tables = {
-        "base": base,
-        "optimum": {
-            name: rankc.forecast(table, gamma, config.beta) for name, table in base.items()
-        },
-    }
-    sizes = [question.K for questions in splits.values() for question in questions]
-    metrics = {"languages": langs, "chance": rankc.guessing(sizes)[0]}
+        base = sums = judge("reference", asked)
+        if config.score != "sum":
+            only = {"train": trees["train"]}
+            sums = judge("reference-sum", only, config=replace(config, score="sum"))
+    optimum = {name: rankc.forecast(table, gamma, config.beta) for name, table in base.items()}
+    tables = {"base": base, "optimum": optimum}
+    metrics = rankc.new_metrics(splits, langs)
     say(rankc.report(splits, tables, langs, metrics, subjects) + "\n")
     used = list(range(len(splits["train"])))
     if config.method == "calm":
         used, metrics["vote"] = poll(splits["train"], sums["train"], config)
         say(f"calm: {len(used)} questions to train on, {json.dumps(metrics['vote'])}\n")
         if not used:
-            raise data.InputError("--method calm: the languages agree on every training question")
+            raise InputError("--method calm: the languages agree on every training question")
 
     total, signals = count_steps(len(used), config), []
 
@@ -1063,35 +901,20 @@ def main() -> None:
             os.write(2, b"finishing the step, then saving\n" * (rank == 0))
 
     on_first(trim_log, out / "log.jsonl", done)
-    with (
-        stage("train"),
-        rankc.on_signals(heed),
-        open(os.devnull if rank else out / "log.jsonl", "a") as file,
-    ):
-        steps = draw(
-            [splits["train"][q] for q in used],
-            [trees["train"][q] for q in used],
-            sums["train"][:, used],
-            gamma,
-            config,
-        )
-        tokens = optimise(
-            model,
-            steps,
-            total,
-            config,
-            packed,
-            lambda line: print(json.dumps(line), file=file, flush=True),
-            kept,
-            signals,
-        )
-    late = [None] * dist.get_world_size()
+    path = os.devnull if rank else out / "log.jsonl"
+    with stage("train"), rankc.on_signals(heed), open(path, "a") as file:
+        questions, rows = ([part["train"][q] for q in used] for part in (splits, trees))
+        steps = draw(questions, rows, sums["train"][:, used], gamma, config)
+
+        def log(line):
+            print(json.dumps(line), file=file, flush=True)
+
+        tokens = optimise(model, steps, total, config, packed, log, kept, signals)
+    late = [None] * world
     dist.all_gather_object(late, max(signals, default=0))
     if max(late) and config.save_every:  # it came while the last step was saved
-        raise Halt(
-            f"stopped by {signal.Signals(max(late)).name}: all {total} steps are saved",
-            128 + max(late),
-        )
+        name = signal.Signals(max(late)).name
+        raise Halt(f"stopped by {name}: all {total} steps are saved", 128 + max(late))
     save_model(model, tokenizer, out)
     with stage("evaluate"):
         tables["trained"] = judge("evaluate", asked, f"step-{total}/")
