@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,23 +82,22 @@ def check(question: Question, langs: list[str], where: str) -> None:
 
     counts = {}
     for lang in langs:
-        text = "".join(
-            [question.id, question.subject, question.prompts[lang], *question.answers[lang]]
-        )
+        prompt, answers = question.prompts[lang], question.answers[lang]
+        text = "".join([question.id, question.subject, prompt, *answers])
         if re.search("[\0\ud800-\udfff]", text):
             refuse(f"its text in {lang!r} holds NUL or half a surrogate pair: the file is damaged")
-        if not question.prompts[lang].strip():
+        if not prompt.strip():
             refuse(f"the prompt in {lang!r} is empty")
-        for k, answer in enumerate(question.answers[lang]):
+        for k, answer in enumerate(answers):
             if not answer.strip():
                 refuse(f"answer {k} in {lang!r} is empty")
-        counts[lang] = len(question.answers[lang])
+        counts[lang] = len(answers)
     if len(set(counts.values())) > 1:
         refuse(f"answers are parallel, yet their number differs: {counts}")
-    if (K := counts[langs[0]]) < 2:
-        refuse(f"{K} answer; ranking needs two or more")
-    if question.gold is not None and not 0 <= question.gold < K:
-        refuse(f"gold {question.gold} is none of the answers 0 to {K - 1}")
+    if question.K < 2:
+        refuse(f"{question.K} answer; ranking needs two or more")
+    if question.gold is not None and not 0 <= question.gold < question.K:
+        refuse(f"gold {question.gold} is none of the answers 0 to {question.K - 1}")
 
 
 @contextmanager
@@ -121,13 +121,11 @@ def rows(
         try:
             for number, row in enumerate(reader):
                 where, line = f"{path}, line {line}", reader.line_num + 1
-                if number < skip:
-                    continue
-                if len(row) != len(names):
-                    raise InputError(
-                        f"{where}: {len(row)} fields, not {len(names)}: {', '.join(names)}"
-                    )
-                yield where, row
+                if number >= skip and len(row) != len(names):
+                    wanted = f"{len(names)}: {', '.join(names)}"
+                    raise InputError(f"{where}: {len(row)} fields, not {wanted}")
+                if number >= skip:
+                    yield where, row
         except csv.Error as error:
             raise InputError(f"{path}, line {line}: {error}") from error
 
@@ -157,12 +155,10 @@ def fetch(kind: str, place: str, wanted: list[str]) -> Path:
         return Path(place)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
         raise InputError(f"{place}: no such folder")
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(place, repo_type="dataset", allow_patterns=wanted)
-        )
+        return Path(snapshot_download(place, repo_type="dataset", allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{place} is no folder here, and the hub does not give it. Wanted were the files "
@@ -193,21 +189,14 @@ def load_atlas(place: str, langs: list[str], say) -> Loaded:
         facts = {row["country"]: row for row in rows if row["relation"] == relation}
         values = list({row["en"]: row for row in facts.values()}.values())  # each answer once
         for country, fact in facts.items():
-            rng = random.Random(f"{relation}-{country}")
+            id = f"{relation}-{country}"
+            rng = random.Random(id)
             chosen = [fact, *rng.sample([row for row in values if row["en"] != fact["en"]], 5)]
             rng.shuffle(chosen)
-            yield (
-                f"atlas.tsv, {country}",
-                Question(
-                    id=f"{relation}-{country}",
-                    subject=relation,
-                    gold=chosen.index(fact),
-                    prompts={
-                        lang: template[lang].replace("{}", of[country][lang]) for lang in langs
-                    },
-                    answers={lang: tuple(" " + row[lang] for row in chosen) for lang in langs},
-                ),
-            )
+            prompts = {lang: template[lang].replace("{}", of[country][lang]) for lang in langs}
+            answers = {lang: tuple(" " + row[lang] for row in chosen) for lang in langs}
+            question = Question(id, relation, chosen.index(fact), prompts, answers)
+            yield f"atlas.tsv, {country}", question
 
 
 def load_bmlama(place: str, langs: list[str], say) -> Loaded:
@@ -217,7 +206,7 @@ def load_bmlama(place: str, langs: list[str], say) -> Loaded:
     if that has a letter: a bare full stop is left out, as in the paper's prefixes and words. The id
     is the line. Candidates are parallel by position, also where translations repeat.
     """
-    tables = {}
+    tables, first = {}, langs[0]
     for lang in langs:
         path = Path(place, f"{lang}.tsv")
         if not path.is_file():
@@ -228,38 +217,32 @@ def load_bmlama(place: str, langs: list[str], say) -> Loaded:
                 raise InputError(f"{path}, line 1: a question stands where the header should")
         fields = ["sentence", "answer", "candidates", "subject"]  # header of zh.tsv: a stray tab
         tables[lang] = list(rows(path, fields, skip=1, delimiter="\t"))
-        if len(tables[lang]) != len(tables[langs[0]]):
-            raise InputError(
-                f"{path}: {len(tables[lang])} rows, but {langs[0]}.tsv has "
-                f"{len(tables[langs[0]])}; line n must be the same question in both"
-            )
+        if (n := len(tables[lang])) != (there := len(tables[first])):
+            same = "line n must be the same question in both"
+            raise InputError(f"{path}: {n} rows, but {first}.tsv has {there}; {same}")
     opening = 0
     for line, aligned in enumerate(zip(*tables.values()), 2):
         prompts, answers, golds = {}, {}, {}
-        for lang, (where, row) in zip(langs, aligned):
-            sentence, gold, names = row[0], row[1], row[2].split(", ")
+        for lang, (where, (sentence, gold, names, _)) in zip(langs, aligned):
             if (times := sentence.count("<mask>")) != 1:
                 raise InputError(f"{where}: {times} times <mask> in {sentence!r}, not once")
-            if gold not in names:
-                raise InputError(f"{where}: the answer {gold!r} is none of {row[2]!r}")
+            if gold not in (each := names.split(", ")):
+                raise InputError(f"{where}: the answer {gold!r} is none of {names!r}")
             prompts[lang], after = sentence.split("<mask>")
             after = after if any(map(str.isalnum, after)) else ""
-            answers[lang] = tuple(name + after if name.strip() else "" for name in names)
-            golds[lang] = {k for k, name in enumerate(names) if name == gold}
+            answers[lang] = tuple(name + after if name.strip() else "" for name in each)
+            golds[lang] = {k for k, name in enumerate(each) if name == gold}
         if not all(prompt.strip() for prompt in prompts.values()):
             opening += 1
             continue
         same = set.intersection(*golds.values())
         if not same and len({len(a) for a in answers.values()}) == 1:
-            other = next(
-                (n for n, lang in enumerate(langs) if not golds[lang] & golds[langs[0]]), -1
-            )
-            raise InputError(
-                f"{aligned[other][0]}: the answer is another candidate than in "
-                f"{langs[0]}: they are not parallel"
-            )
-        subject, gold = aligned[0][1][3], min(same, default=None)
-        yield aligned[-1][0], Question(str(line), subject, gold, prompts, answers)
+            others = [at for at, lang in zip(aligned, langs) if not golds[lang] & golds[first]]
+            where = (others or aligned)[-1][0]
+            not_so = f"the answer is another candidate than in {first}: they are not parallel"
+            raise InputError(f"{where}: {not_so}")
+        question = Question(str(line), aligned[0][1][3], min(same, default=None), prompts, answers)
+        yield aligned[-1][0], question
     if opening:
         say(f"{place}: dropped {opening} questions in all languages: <mask> opens the sentence")
 
@@ -290,29 +273,25 @@ def align(place: str, tables: dict[str, dict[str, Row]], say, most: float) -> Lo
         say(f"{place}: dropped {alone} questions that are not in every language")
     keys = {i: {table[i].key for table in tables.values()} for i in shared}
     known = [i for i in shared if "" not in keys[i]]
-    differ = {i for i in known if len(keys[i]) > 1}
+    differ = {i: keys[i] for i in known if len(keys[i]) > 1}
     if len(differ) > most * len(known):
-        example = next(i for i in known if i in differ)
-        letters = "; ".join(
-            f"{lang} {table[example].key} ({table[example].where})"
-            for lang, table in tables.items()
-        )
+        example = next(iter(differ))
+        found = {lang: table[example] for lang, table in tables.items()}
+        letters = "; ".join(f"{lang} {row.key} ({row.where})" for lang, row in found.items())
         raise InputError(
-            f"{place}: the right letter of {len(differ)} of {len(known)} questions "
-            f"differs between languages, as of {example!r}: {letters}. Options or "
-            "rows stand in another order, so letters are no parallel answers; give "
-            "an aligned copy"
+            f"{place}: the right letter of {len(differ)} of {len(known)} questions differs between "
+            f"languages, as of {example!r}: {letters}. Options or rows stand in another order, "
+            "so letters are no parallel answers; give an aligned copy"
         )
-    if len(known) < len(shared):
+    if blind := len(shared) - len(known):
+        unseen = "nothing shows whether their options are parallel"
         say(
-            f"{place}: {len(shared) - len(known)} questions lack an answer key: they count for "
-            "consistency, not for accuracy, and nothing shows whether their options are parallel"
+            f"{place}: {blind} questions lack an answer key: they count for consistency, not for "
+            f"accuracy, and {unseen}"
         )
     if differ:
         say(f"{place}: dropped {len(differ)} questions in all languages: their answer keys differ")
-    for i in shared:
-        if i in differ:
-            continue
+    for i in (i for i in shared if i not in differ):
         prompts, answers = {}, {}
         for lang, table in tables.items():
             where, subject, question, options, _ = table[i]
@@ -338,31 +317,21 @@ def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
         if "en" in langs and "en" not in files and (archive.exists() or not Path(place).is_dir()):
             if not archive.exists():  # place is a hub's name, and MMMLU leaves English out
                 archive = fetch("mmmlu", "cais/mmlu", ["data.tar"]) / "data.tar"
-            try:
-                with tarfile.open(archive) as tar:
-                    for member in tar:
-                        if member.isfile() and member.name.endswith("_test.csv"):
-                            path = Path(folder, Path(member.name).name)
-                            path.write_bytes(tar.extractfile(member).read())
-            except (OSError, EOFError, tarfile.TarError) as error:
-                raise InputError(f"{archive}: {error}") from error
+            unpack(archive, Path(folder))
             files |= mmlu_files(Path(folder))
         tables, sizes, taken = {}, {}, {}
         for lang in langs:
             sources = files.get(lang.lower(), {})
             if not sources:
+                there = ", ".join(sorted(files)) or "no " + " and no ".join(wanted)
                 hint = "; English is the original MMLU, its CSV files or data.tar in the folder"
+                hint *= lang == "en"
                 raise InputError(
-                    f"{place} has no language {lang!r} that was found; it has "
-                    f"{', '.join(sorted(files)) or 'no ' + ' and no '.join(wanted)}"
-                    + hint
-                    * (lang == "en")
+                    f"{place} has no language {lang!r} that was found; it has {there}{hint}"
                 )
             if len(sources) > 1:
-                raise InputError(
-                    f"{place} has {lang!r} more than once: {' and '.join(sources)}; "
-                    "name the locale, or keep one"
-                )
+                more = f"{' and '.join(sources)}; name the locale, or keep one"
+                raise InputError(f"{place} has {lang!r} more than once: {more}")
             ((source, parts),) = sources.items()
             if (twin := taken.setdefault(source, lang)) != lang:
                 raise InputError(f"--langs: {twin} and {lang} are both {source}")
@@ -373,12 +342,23 @@ def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
             tables[lang] = unique(found)
             sizes[lang] = Counter(row.subject for _, row in found)
             for subject in sizes[lang].keys() & sizes[langs[0]].keys():
-                if sizes[lang][subject] != sizes[langs[0]][subject]:
-                    raise InputError(
-                        f"{place}: {subject} has {sizes[lang][subject]} rows in {lang}, "
-                        f"{sizes[langs[0]][subject]} in {langs[0]}; row n must be one question"
-                    )
+                n, there = sizes[lang][subject], sizes[langs[0]][subject]
+                if n != there:
+                    counts = f"{subject} has {n} rows in {lang}, {there} in {langs[0]}"
+                    raise InputError(f"{place}: {counts}; row n must be one question")
         yield from align(place, tables, say, most=0.5)  # of unrelated rows three in four differ
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """The test files of the original MMLU; names are cut to their last part, links passed over."""
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and member.name.endswith("_test.csv"):
+                    content = tar.extractfile(member).read()
+                    (folder / Path(member.name).name).write_bytes(content)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise InputError(f"{archive}: {error}") from error
 
 
 def mmlu_files(folder: Path) -> dict[str, dict[str, list[tuple[Path, str]]]]:
@@ -404,23 +384,18 @@ def mmlu_files(folder: Path) -> dict[str, dict[str, list[tuple[Path, str]]]]:
 def mmlu_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
     """Ids, subject/row, and rows of a file of either layout."""
     letters = ["A", "B", "C", "D"]
-    if not subject:
+    if subject:
+        names = ["question", *letters, "letter of the answer"]
+        numbered = [(at, str(n), *row, subject) for n, (at, row) in enumerate(rows(path, names))]
+    else:
         names = ["row of the subject", "Question", *letters, "Answer", "Subject"]
         numbered = [(where, *row) for where, row in rows(path, names)]
         if not numbered or list(numbered.pop(0)[2:]) != names[1:]:
             raise InputError(f"{path}, line 1: the header is not {', '.join(names)}")
-    else:
-        numbered = [
-            (where, str(n), *row, subject)
-            for n, (where, row) in enumerate(
-                rows(path, ["question", *letters, "letter of the answer"])
-            )
-        ]
     for where, n, question, *options, key, subject in numbered:
         if not n.isdigit() or key.strip() not in letters:
-            raise InputError(
-                f"{where}: row {n!r} with answer {key!r}: wanted are a number and one of A, B, C, D"
-            )
+            wanted = "wanted are a number and one of A, B, C, D"
+            raise InputError(f"{where}: row {n!r} with answer {key!r}: {wanted}")
         yield f"{subject}/{n}", Row(where, subject, question, options, key.strip())
 
 
@@ -449,12 +424,10 @@ def load_xcsqa(place: str, langs: list[str], say) -> Loaded:
     tables = {}
     for lang in langs:
         if (lang, part) not in found:
-            there = sorted({name for name, stem in found if stem == part}) or [
+            there = ", ".join(sorted(name for name, stem in found if stem == part)) or (
                 "no X-CSQA/<lang>/dev.jsonl; unpack the authors' xcsr_datasets.zip and name that"
-            ]
-            raise InputError(
-                f"{place} has no language {lang!r} ({lang}/dev.jsonl); it has {', '.join(there)}"
             )
+            raise InputError(f"{place} has no language {lang!r} ({lang}/dev.jsonl); it has {there}")
         tables[lang] = unique(xcsqa_rows(found[lang, part]))
     yield from align(place, tables, say, most=0.01)
 
@@ -468,17 +441,14 @@ def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
             labels, options = zip(*((c["label"], c["text"]) for c in question["choices"]))
             row = Row(where, "", question["stem"], list(options), key)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{where}: not a question of X-CSQA: id, question with stem and "
-                "choices with label and text, answerKey"
-            ) from error
+            form = "id, question with stem and choices with label and text, answerKey"
+            raise InputError(f"{where}: not a question of X-CSQA: {form}") from error
         if not all(isinstance(text, str) for text in (id, row.question, key, *labels, *options)):
             raise InputError(f"{where}: id, stem, labels, texts and answerKey must be strings")
         if labels != tuple(LETTERS[: len(labels)]) or key and key not in labels:
-            raise InputError(
-                f"{where}: question {id!r}: choices {', '.join(labels)} with answer "
-                f"{key!r}: wanted are A, B, C, ... and one of them"
-            )
+            given = f"choices {', '.join(labels)} with answer {key!r}"
+            wanted = "wanted are A, B, C, ... and one of them"
+            raise InputError(f"{where}: question {id!r}: {given}: {wanted}")
         yield id, row
 
 
@@ -486,51 +456,33 @@ def load_jsonl(place: str, langs: list[str], say) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
     path, lines = Path(place), {}
     same = lru_cache(2**16)(str)  # of the last 65,536 answers, those that are equal are kept once
+    wanted = {"id": str | int, "subject": str, "gold": int | None, "prompts": dict, "answers": dict}
     for number, (where, fields) in enumerate(json_lines(path), 1):
-        wanted = {
-            "id": (str, int),
-            "subject": str,
-            "gold": (int, type(None)),
-            "prompts": dict,
-            "answers": dict,
-        }
         given = {"subject": "", "gold": None, **fields} if isinstance(fields, dict) else {}
         for name, kind in wanted.items():
             value = given.get(name, False)
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise InputError(
-                    f"{where}: field {name!r} is missing or of another type; "
-                    "the README shows a line"
-                )
+                wrong = f"field {name!r} is missing or of another type"
+                raise InputError(f"{where}: {wrong}; the README shows a line")
+        id, prompts, answers = str(given["id"]), given["prompts"], given["answers"]
         for lang in langs:
-            if lang not in given["prompts"] or lang not in given["answers"]:
-                raise InputError(
-                    f"{where}: question {given['id']!r} has nothing in language "
-                    f"{lang!r}; it has {', '.join(given['prompts']) or 'none'}"
-                )
-        prompts = {lang: given["prompts"][lang] for lang in langs}
-        answers = {lang: given["answers"][lang] for lang in langs}
-        if not all(isinstance(prompt, str) for prompt in prompts.values()):
-            raise InputError(f"{where}: prompts must hold a string for each language")
-        if not all(
-            isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-            for texts in answers.values()
-        ):
-            raise InputError(f"{where}: answers must hold a list of strings for each language")
-        id, subject = str(given["id"]), same(given["subject"])
-        answers = {lang: tuple(map(same, texts)) for lang, texts in answers.items()}
+            if lang not in prompts or lang not in answers:
+                nothing = f"question {id!r} has nothing in language {lang!r}"
+                raise InputError(f"{where}: {nothing}; it has {', '.join(prompts) or 'none'}")
+            if not isinstance(prompts[lang], str):
+                raise InputError(f"{where}: prompts must hold a string for each language")
+            texts = answers[lang]
+            if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+                raise InputError(f"{where}: answers must hold a list of strings for each language")
         if (first := lines.setdefault(id, number)) < number:
             raise InputError(f"{where}: id {id!r} stands at {path}, line {first} already")
-        yield where, Question(id, subject, given["gold"], prompts, answers)
+        prompts = {lang: prompts[lang] for lang in langs}
+        answers = {lang: tuple(map(same, answers[lang])) for lang in langs}
+        yield where, Question(id, same(given["subject"]), given["gold"], prompts, answers)
 
 
-LOADERS = {
-    "atlas": load_atlas,
-    "bmlama": load_bmlama,
-    "mmmlu": load_mmmlu,
-    "xcsqa": load_xcsqa,
-    "jsonl": load_jsonl,
-}
+LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu, "xcsqa": load_xcsqa}
+LOADERS["jsonl"] = load_jsonl
 TRAIN_QUESTIONS = {"atlas": 160, "bmlama": 5000, "mmmlu": 5000, "xcsqa": 800}  # App. H, Table 4
 
 # ---------------------------------------------------------------------- split and sampling (App. H)
@@ -550,39 +502,31 @@ def split(
     part only, the other takes the other subjects. Adding a language or a process changes neither
     part. Raises InputError for a subject that is not there and if there are too few questions.
     """
+
+    def may(question: Question, subjects: Collection[str], of_others: Collection[str]) -> bool:
+        return question.subject in subjects if subjects else question.subject not in of_others
+
     order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
     there = sorted({q.subject for q in questions})
     for subject in (*train_subjects, *test_subjects):
         if subject not in there:
-            raise InputError(
-                f"there is no subject {subject!r}; there are {', '.join(there[:60])}"
-                + ", ..." * (len(there) > 60)
-            )
-    pool = [
-        q
-        for q in order
-        if (q.subject in train_subjects if train_subjects else q.subject not in test_subjects)
-    ]
+            some = ", ".join(there[:60]) + ", ..." * (len(there) > 60)
+            raise InputError(f"there is no subject {subject!r}; there are {some}")
+    pool = [q for q in order if may(q, train_subjects, test_subjects)]
     chosen = pool[:train]
     taken = {q.id for q in chosen}
-    rest = [
-        q
-        for q in order
-        if q.id not in taken
-        and (q.subject in test_subjects if test_subjects else q.subject not in train_subjects)
-    ]
-    if min(train or 0, test or 0) < 0 or (train or 0) > len(pool) or (test or 0) > len(rest):
-        asked = ["all" if number is None else number for number in (train, test)]
+    rest = [q for q in order if q.id not in taken and may(q, test_subjects, train_subjects)]
+    asked = {"training": (train, len(pool)), "held-out": (test, len(rest))}
+    if any(not 0 <= (number or 0) <= most for number, most in asked.values()):
+        wanted = " and ".join(f"{'all' if n is None else n} {x}" for x, (n, _) in asked.items())
         raise InputError(
-            f"{asked[0]} training and {asked[1]} held-out questions asked for, but "
-            f"there are {len(pool)} to train on and then {len(rest)} others"
+            f"{wanted} questions asked for, but there are {len(pool)} to train on and then "
+            f"{len(rest)} others"
         )
     for subject in test_subjects:
         if not any(q.subject == subject for q in rest[:test]):
-            raise InputError(
-                f"no question of {subject!r} is left to report on: all are trained on,"
-                " or --test_questions is too small"
-            )
+            why = "all are trained on, or --test_questions is too small"
+            raise InputError(f"no question of {subject!r} is left to report on: {why}")
     return chosen, rest[:test]
 
 
@@ -625,55 +569,40 @@ def encode(
     """
     some = 256
     if len(questions) > some:  # a tokenizer's own lists are ten times what is kept
-        return [
-            trees
-            for first in range(0, len(questions), some)
-            for trees in encode(tokenizer, questions[first : first + some], langs, context, whole)
-        ]
+        parts = (questions[first : first + some] for first in range(0, len(questions), some))
+        return [row for part in parts for row in encode(tokenizer, part, langs, context, whole)]
     bos = tokenizer.bos_token_id
     bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-    texts, blanks = [], []
-    for question in questions:
-        for lang in langs:
-            prompt = question.prompts[lang].rstrip()
-            spaces = question.prompts[lang][len(prompt) :]
-            answers = [spaces + answer for answer in question.answers[lang]]
-            blanks.append(sorted({"", *(a[: len(a) - len(a.lstrip())] for a in answers)}))
-            texts += [prompt + more for more in (*blanks[-1], *answers)]
+    texts, asked = [], []
+    for question, lang in product(questions, langs):
+        prompt = question.prompts[lang].rstrip()
+        spaces = question.prompts[lang][len(prompt) :]
+        answers = [spaces + answer for answer in question.answers[lang]]
+        blanks = sorted({"", *(answer[: -len(answer.lstrip())] for answer in answers)})
+        texts += [prompt + more for more in (*blanks, *answers)]
+        asked.append((f"question {question.id!r}, {lang!r}", len(blanks), len(answers)))
     ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    blank = iter(blanks)
     trees = []
-    for question in questions:
-        trees.append([])
-        for lang in langs:
-            empty = [bos + next(ids) for _ in next(blank)]  # the prompt, also with spaces after it
-            prompt, texts = empty[0], [bos + next(ids) for _ in question.answers[lang]]
-            for k, text in enumerate(texts):
-                if text in empty:
-                    raise InputError(
-                        f"question {question.id!r}, {lang!r}: answer {k} has no token "
-                        "of its own: the tokenizer drops its characters"
-                    )
-            start = 1 if whole else min(len(prompt), *(len(text) - 1 for text in texts))
-            if start < 1:
-                raise InputError(
-                    f"question {question.id!r}, {lang!r}: no token stands before the "
-                    "answer to predict it; make the prompt longer"
-                )
-            if context and (longest := max(map(len, texts))) > context:
-                raise InputError(
-                    f"question {question.id!r}, {lang!r}: {longest} tokens, but the "
-                    f"model's context is {context}; leave the question out"
-                )
-            shared = next((i for i in range(start) if len({text[i] for text in texts}) > 1), start)
-            if not shared:
-                raise InputError(
-                    f"question {question.id!r}, {lang!r}: the answers change the "
-                    "prompt's first token; make the prompt longer"
-                )
-            branches = [text[shared:] for text in texts]
-            trees[-1].append(Tree(texts[0][:shared], branches, start - shared))
-    return trees
+    for where, blanks, K in asked:
+        empty = [bos + next(ids) for _ in range(blanks)]  # the prompt, also with spaces after it
+        prompt, texts = empty[0], [bos + next(ids) for _ in range(K)]
+        if dropped := [k for k, text in enumerate(texts) if text in empty]:
+            lost = "has no token of its own: the tokenizer drops its characters"
+            raise InputError(f"{where}: answer {dropped[0]} {lost}")
+        start = 1 if whole else min(len(prompt), *(len(text) - 1 for text in texts))
+        if start < 1:
+            lost = "no token stands before the answer to predict it"
+            raise InputError(f"{where}: {lost}; make the prompt longer")
+        if context and (longest := max(map(len, texts))) > context:
+            limit = f"the model's context is {context}; leave the question out"
+            raise InputError(f"{where}: {longest} tokens, but {limit}")
+        shared = next((i for i in range(start) if len({text[i] for text in texts}) > 1), start)
+        if not shared:
+            lost = "the answers change the prompt's first token"
+            raise InputError(f"{where}: {lost}; make the prompt longer")
+        branches = [text[shared:] for text in texts]
+        trees.append(Tree(texts[0][:shared], branches, start - shared))
+    return [trees[q : q + len(langs)] for q in range(0, len(trees), len(langs))]
 
 
 def batches(trees: list[Tree], max_tokens: int, packed: bool = True) -> list[list[int]]:

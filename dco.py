@@ -13,10 +13,11 @@ product of theirs.
 import heapq
 from collections.abc import Sequence
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------ the method
 
@@ -125,32 +126,68 @@ def gamma_from_trust(trust: Tensor, beta: float) -> Tensor:
 # ------------------------------------------------------------------------------------ log pi(y|x)
 
 
-def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = True) -> Tensor:
+class Pack(NamedTuple):
+    """Trees as the rows of one forward pass, and where in its logits each answer is scored.
+
+    R rows of C columns; S scored tokens; T trees of up to K answers.
+    """
+
+    token: Tensor  # (R, C) token ids
+    depth: Tensor  # (R, C) depth of a token in its tree: its position
+    segment: Tensor  # (R, C) the prefix or the answer that a token belongs to; -1 for padding
+    prefix: Tensor  # (R, C) the segment that is its tree's prefix
+    keep: Tensor  # the columns whose logits are needed
+    row: Tensor  # (S,) with `place`: where the logits lie that predict the scored token
+    place: Tensor  # (S,) index into `keep`
+    target: Tensor  # (S,) the token scored
+    slot: Tensor  # (S,) the answer it belongs to: tree K + candidate
+    shape: tuple[int, int]  # T, K
+
+
+def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = True) -> Tensor:
     """log pi(y|x) of every answer of every tree, for training, reference and evaluation alike.
 
-    trees: (prefix, branches, lead) as data.Tree has them: token ids that all answers share, each
-    answer's own token ids, and how many of those at a branch's start still belong to the prompt and
-    so score nothing. Returns float32 (len(trees), K), nats; a tree with fewer than K answers ends
-    in -inf.
-
-    One row holds whole trees. A token's position is its depth in its tree, and it attends to its
-    ancestors alone. An answer's last token is never fed: nothing needs its prediction.
-    `packed=False` feeds each answer with its prompt as a row of its own, for models that cannot
-    take such a mask (see `packs_exactly`).
+    trees: as `pack` takes them, or packed already. Returns float32 (T, K), nats; a tree with fewer
+    than K answers ends in -inf. `packed=False` feeds each answer with its prompt as a row of its
+    own, for models that do not take the mask (see `packs_exactly`).
     """
     config = getattr(model, "module", model).config.get_text_config()
     weight = next(model.parameters())
+    batch = trees if isinstance(trees, Pack) else pack(trees, config.hidden_size, packed)
+    *tensors, (T, K) = batch
+    token, depth, segment, prefix, *where = (x.to(weight.device) for x in tensors)
+    mask = (segment >= 0).long()
+    if packed:
+        above = depth[:, None, :] <= depth[:, :, None]  # (R, C, C): query, key
+        own, shared = (segment[:, None, :] == x[:, :, None] for x in (segment, prefix))
+        mask = attention_masks(config, above & (own | shared), depth, weight.dtype)
+    keep, row, place, target, slot = where
+    fed = {"input_ids": token, "attention_mask": mask, "position_ids": depth}
+    logits = model(**fed, logits_to_keep=keep, use_cache=False).logits  # (R, kept, vocabulary)
+    log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # row by row: less room
+    logps = logits[row, place, target].float() - log_sum[row, place]  # (S,)
+    answers = torch.full((T * K,), -torch.inf, device=weight.device)
+    answers[slot] = 0.0
+    return answers.index_add(0, slot, logps).view(T, K)
+
+
+def pack(trees: Sequence, hidden_size: int, packed: bool = True) -> Pack:
+    """Trees as rows: (prefix, branches, lead) each, as data.Tree has them.
+
+    That is the token ids that all answers share, each answer's own, and how many of those at a
+    branch's start still belong to the prompt and so score nothing. A row holds whole trees; a token
+    attends to its ancestors alone. An answer's last token is never fed: nothing needs its
+    prediction.
+    """
     K = max(len(tree.branches) for tree in trees)
     units = [(tree, list(enumerate(tree.branches, t * K))) for t, tree in enumerate(trees)]
     if not packed:
         units = [(tree, [answer]) for tree, answers in units for answer in answers]
-
-    # A segment is a prefix, or what is fed of one answer; its first token's number names it.
     tokens, scored, sizes = [], [], []
     for tree, answers in units:
-        root, n = len(tokens), len(tree.prefix)
+        root, n = len(tokens), len(tree.prefix)  # a segment is named by its first token's number
         tokens += [(token, depth, root, root) for depth, token in enumerate(tree.prefix)]
-        for slot, branch in answers:  # slot: where this answer's log-prob goes in the flat result
+        for slot, branch in answers:
             start = len(tokens)
             parents = [root + n - 1, *range(start, start + len(branch) - 1)]
             scored += [*zip(parents, branch, repeat(slot))][tree.lead :]
@@ -161,37 +198,21 @@ def completion_logps(model: torch.nn.Module, trees: Sequence, packed: bool = Tru
 
     # A model computes logits for the same columns of every row. Under an explicit mask the order
     # within a row is free, so the tokens that predict something come first.
-    rows = torch.tensor(spread(sizes, config.hidden_size) if packed else range(len(units)))
+    rows = torch.tensor(spread(sizes, hidden_size) if packed else range(len(units)))
     row = rows.repeat_interleave(torch.tensor(sizes))
     later = torch.ones_like(token).index_fill(0, parent, 0) * packed
-    length = row.bincount()  # tokens in each row
     rank = (2 * row + later).argsort(stable=True).argsort()
+    length = row.bincount()  # tokens in each row
     column = rank - (length.cumsum(0) - length)[row]
+    keep, place = column[parent].unique(return_inverse=True)
 
-    def grid(values, fill=0):  # (N,) -> (rows, columns) on the model's device
+    def grid(values, fill):  # (N,) -> (R, C)
         out = torch.full((len(length), int(length.max())), fill)
-        return out.index_put_((row, column), values).to(weight.device)
+        return out.index_put_((row, column), values)
 
-    depth, segment, prefix = grid(depth), grid(segment, -1), grid(prefix, -1)
-    mask = (segment >= 0).long()
-    if packed:
-        above = depth[:, None, :] <= depth[:, :, None]  # (rows, columns, columns): query, key
-        mine, shared = (segment[:, None, :] == x[:, :, None] for x in (segment, prefix))
-        mask = attention_masks(config, above & (mine | shared), depth, weight.dtype)
-    keep, where = column[parent].unique(return_inverse=True)
-    logits = model(
-        input_ids=grid(token),
-        attention_mask=mask,
-        position_ids=depth,
-        logits_to_keep=keep.to(weight.device),
-        use_cache=False,
-    ).logits  # (rows, kept, V)
-    row, where, target, slot = (x.to(weight.device) for x in (row[parent], where, target, slot))
-    log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # row by row: less room
-    logps = logits[row, where, target].float() - log_sum[row, where]  # (S,)
-    answers = torch.full((len(trees) * K,), -torch.inf, device=weight.device)
-    answers[slot] = 0.0
-    return answers.index_add(0, slot, logps).view(len(trees), K)
+    names = zip((token, depth, segment, prefix), (0, 0, -1, -1))
+    grids = [grid(values, fill) for values, fill in names]
+    return Pack(*grids, keep, row[parent], place, target, slot, (len(trees), K))
 
 
 def attention_masks(config, sees: Tensor, depth: Tensor, dtype: torch.dtype):
@@ -235,7 +256,7 @@ def spread(sizes: Sequence[int], hidden_size: int) -> list[int]:
 
 
 @torch.no_grad()
-def packs_exactly(model: torch.nn.Module, trees: Sequence) -> bool:
+def packs_exactly(model: nn.Module, trees: Sequence) -> bool:
     """Whether packed trees score as separate rows do; false where the model refuses the mask."""
     try:
         packed = completion_logps(model, trees)

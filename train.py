@@ -232,7 +232,7 @@ def optimise(
     Begins at the newest checkpoint of `kept`. Raises Halt, with the step saved, once `signals`
     holds one; and, before it is applied, for a step whose loss or gradient is NaN or infinite.
     """
-    rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
+    world, device = dist.get_world_size(), next(model.parameters()).device
     model.train()  # for checkpointing; load_model has put dropout at zero
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -244,20 +244,15 @@ def optimise(
     before = deque(islice(steps, done), maxlen=1)  # the step that was done last
     policy = replicate(model, before, packed) if world > 1 and not config.shard else model
     apart, mixed = getattr(policy, "no_sync", nullcontext), rankc.autocast(config, device)
+    width = model.config.get_text_config().hidden_size
     for step, items in enumerate(progress(steps, "train", total, note, done), done + 1):
         ref = torch.stack([item.ref for item in items]).to(device)  # (B, L, K)
         r_align = torch.stack([item.r_align for item in items]).to(device)  # (B, L, K)
         logps, losses = torch.full_like(ref, -torch.inf), torch.zeros_like(ref[..., 0])  # (B, L)
-        shares = micro_batches(items, config, packed, world)
-        mine, rounds = shares[rank], max(map(len, shares))
-        for n in range(rounds):  # as many on every process, for they wait for each other: one that
-            rows = mine[n] if n < len(mine) else [(0, items[0].used[0])]  # has no more feeds a row
-            weight = world / len(items) if n < len(mine) else 0.0  # that counts nothing
-            b, i = map(list, zip(*rows, strict=True))
-            trees = [items[question].trees[lang] for question, lang in rows]
-            with apart() if n < rounds - 1 else nullcontext():
+        for (b, i), batch, weight, last in turns(items, config, packed, width):
+            with nullcontext() if last else apart():  # gradients are exchanged once
                 with mixed:
-                    got = completion_logps(policy, trees, packed)  # (T, K)
+                    got = completion_logps(policy, batch, packed)  # (T, K)
                 K = got.shape[-1]
                 loss = term(got, ref[b, i, :K], r_align[b, i, :K], config)  # (T,)
                 (weight * loss.sum()).backward()  # the mean over processes undoes `world`
@@ -302,6 +297,23 @@ def replicate(model, before: Sequence[list[Item]], packed: bool) -> DistributedD
         (0.0 * completion_logps(policy, [item.trees[item.used[0]]], packed).sum()).backward()
         policy.zero_grad()
     return policy
+
+
+def turns(items: list[Item], config: Config, packed: bool, width: int) -> Iterator[tuple]:
+    """What this process feeds, a micro-batch a turn: of its T rows the items and the languages,
+    the rows packed, the weight of their terms, and whether it is the last.
+
+    Processes wait for each other, so all take as many turns: one that has no more to feed feeds a
+    row that counts nothing.
+    """
+    world = dist.get_world_size()
+    shares = micro_batches(items, config, packed, world)
+    mine, number = shares[dist.get_rank()], max(map(len, shares))
+    for n in range(number):
+        rows = mine[n] if n < len(mine) else [(0, items[0].used[0])]
+        weight = world / len(items) if n < len(mine) else 0.0
+        batch = dco.pack([items[b].trees[i] for b, i in rows], width, packed)
+        yield [*zip(*rows, strict=True)], batch, weight, n == number - 1
 
 
 def micro_batches(
