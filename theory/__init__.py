@@ -1,10 +1,10 @@
 """Why it is so: the paper's claims, each checked exactly on toy distributions, one file a claim.
 
-`python -m theory` checks all of them. A file opens with the claim, as `SOURCE: words`, and with the
+`python -m theory` checks all of them. A file opens with its claim, as `SOURCE: words`, and with the
 reason it holds; its `check(draws, seed)` yields Findings: the claim, then what happens without its
 assumption. A toy model is a table of log-probs (..., L, K), float64: L languages, K answers, every
-sum taken in full. Policies, rewards and losses are those of dco.py, so that what is proved is what
-trains. Leaves out networks: what one learns beside the table is measured, not proved (README).
+sum taken in full. Policies, rewards and losses are those of dco.py: what is proved is what trains.
+Leaves out networks: what one learns beside the table is measured, not proved (README).
 """
 
 from typing import NamedTuple
@@ -12,21 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-CLAIMS = [
-    "product_of_experts",
-    "lemma1",
-    "lemma2",
-    "lemma3",
-    "random_pairs",
-    "dpo_unbounded",
-    "direction",
-    "on_the_way",
-    "rearrangement",
-    "which_expert",
-    "pooling",
-    "rankc_chance",
-    "exact_matching",
-]
+CLAIMS = (
+    "product_of_experts lemma1 lemma2 lemma3 random_pairs dpo_unbounded direction on_the_way "
+    "rearrangement which_expert pooling rankc_chance exact_matching"
+).split()
 
 
 class Finding(NamedTuple):
@@ -58,19 +47,28 @@ def table(g: Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=g, dtype=torch.double).mul(2).log_softmax(-1)
 
 
+def vector(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.double)
+
+
 def from_odds(odds: Tensor) -> Tensor:
     """Log-probs of two answers with these log-odds: (...) -> (..., 2)."""
     return torch.stack([odds, torch.zeros_like(odds)], -1).log_softmax(-1)
 
 
 def to_odds(logps: Tensor) -> Tensor:
-    """Of the first of two answers: (..., 2) -> (...)."""
+    """Log-odds of the first of two answers: (..., 2) -> (...)."""
     return logps[..., 0] - logps[..., 1]
 
 
 def margins(x: Tensor) -> Tensor:
     """Of each answer over each other: (..., K) -> (..., K, K); of log-probs, the log-odds."""
     return x[..., :, None] - x[..., None, :]
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats of two tables of log-probs: (..., K) each -> (...)."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def contradiction(logps: Tensor) -> Tensor:
@@ -85,10 +83,11 @@ def contradiction(logps: Tensor) -> Tensor:
 
 def worst(*gaps: float | Tensor) -> float:
     """The largest; NaN if any is NaN, which Python's max would pass over."""
-    largest = [torch.as_tensor(gap, dtype=torch.double).amax() for gap in gaps]
-    return float(torch.stack(largest).amax())
+    return float(
+        torch.stack([torch.as_tensor(gap, dtype=torch.double).amax() for gap in gaps]).amax()
+    )
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats of two tables of log-probs: (..., K) each -> (...)."""
-    return (p.exp() * (p - q)).sum(-1)
+def off(*differences: Tensor) -> float:
+    """The largest by absolute value: how far what should be equal is apart."""
+    return worst(*(difference.abs() for difference in differences))

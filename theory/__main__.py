@@ -10,6 +10,8 @@ from pathlib import Path
 
 from theory import CLAIMS, Finding
 
+ROW = "{:<4} {:<18} {:<9} {:<78} {:>5} {:>9} {:>9}"
+
 
 def verdict(finding: Finding) -> str:
     return "PASS" if finding.gap <= finding.allowed else "FAIL"  # NaN fails
@@ -17,27 +19,23 @@ def verdict(finding: Finding) -> str:
 
 def verify(name: str, draws: int, seed: int, working: bool) -> bool:
     """Check one claim and print a line of it, or its proof and every finding."""
-    claim = import_module(f"theory.{name}")
-    source, _, words = inspect.getdoc(claim).partition("\n")[0].partition(": ")
-    begun, findings = time.time(), list(claim.check(draws, seed))
+    claim, begun = import_module(f"theory.{name}"), time.time()
+    proof, findings = inspect.getdoc(claim), list(claim.check(draws, seed))
     worst = max(findings, key=lambda f: (verdict(f) == "FAIL", f.gap / f.allowed))
-    holds = verdict(worst) == "PASS"
     if working:
-        print(f"{inspect.getdoc(claim)}\n")
+        print(f"{proof}\n")
         for f in findings:
-            print(
-                f"{verdict(f)}  {f.words}\n      {f.draws} draws, worst gap {abs(f.gap):.1e}, "
-                f"allowed {f.allowed:.0e}" + f"\n      {f.shown}" * bool(f.shown)
-            )
-        print(f"\n{name}: {'PASS' if holds else 'FAIL'}, {time.time() - begun:.1f} s\n")
+            print(f"{verdict(f)}  {f.words}")
+            print(f"      {f.draws} draws, worst gap {abs(f.gap):.1e}, allowed {f.allowed:.0e}")
+            if f.shown:
+                print(f"      {f.shown}")
+        print(f"\n{name}: {verdict(worst)}, {time.time() - begun:.1f} s\n")
     else:
+        source, _, words = proof.partition("\n")[0].partition(": ")
+        gap, allowed = f"{abs(worst.gap):.1e}", f"{worst.allowed:.1e}"
         most = max(f.draws for f in findings)
-        print(
-            f"{verdict(worst)} {name:<18} {source:<9} {words:<78} {most:>5} "
-            f"{abs(worst.gap):9.1e} {worst.allowed:9.1e}",
-            flush=True,
-        )
-    return holds
+        print(ROW.format(verdict(worst), name, source, words, most, gap, allowed), flush=True)
+    return verdict(worst) == "PASS"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     parser.add_argument("--plot", metavar="DIR", help="draw the three figures there instead")
     args = parser.parse_args(arguments)
-    unknown = [name for name in args.claims if name not in CLAIMS]
-    if unknown:
+    if unknown := [name for name in args.claims if name not in CLAIMS]:
         parser.error(f"no claim {', '.join(unknown)}; there are: {', '.join(CLAIMS)}")
     if args.draws < 1:
         parser.error(f"--draws {args.draws}: at least 1")
@@ -62,17 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--plot {args.plot} is a file: name a folder")
         import_module("theory.figures").draw(args.plot, args.seed)
         return 0
-    begun, names = time.time(), args.claims or CLAIMS
     if not args.claims:
-        print(
-            f"     {'claim':<18} {'paper':<9} {'in words':<78} {'draws':>5} {'worst gap':>9} "
-            f"{'allowed':>9}"
-        )
+        print(ROW.format("", "claim", "paper", "in words", "draws", "worst gap", "allowed"))
+    names, begun = args.claims or CLAIMS, time.time()
     failed = [name for name in names if not verify(name, args.draws, args.seed, bool(args.claims))]
-    print(
-        f"{len(names) - len(failed)} of {len(names)} claims hold, {time.time() - begun:.0f} s"
-        + f"; not: {', '.join(failed)}" * bool(failed)
-    )
+    holding, which = len(names) - len(failed), f"; not: {', '.join(failed)}" if failed else ""
+    print(f"{holding} of {len(names)} claims hold, {time.time() - begun:.0f} s{which}")
     return bool(failed)
 
 

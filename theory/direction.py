@@ -7,20 +7,21 @@ gamma_i keeps language i near its reference, as Remark 1 says. Sec. 6.4 then cal
 English first, "EN stable", and App. K advises to *raise* gamma_1 where the stable language changes
 too much: by Eq. 6 both must be the other way round.
 beta alone is said to control the overall deviation (sec. 4.2). It does while the gammas stay as
-they are, and then only one beta is consistent. Under Lemma 3 gamma_ij = beta w_j / w_i: beta
-cancels in pi* and scales Eq. 11 as a whole. How far to go is then a matter of when one stops.
+they are, but then only one beta is consistent. Under Lemma 3 gamma_ij = beta w_j / w_i: beta
+cancels in pi* and scales Eq. 11 as a whole. How far to go is then decided by when one stops.
 """
 
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 import dco
-from theory import Finding, kl, positive, rng, table, whole, worst
+from theory import Finding, kl, off, positive, rng, table, whole, worst
 from theory.lemma1 import matrix
 
 
-def moved(ref: torch.Tensor, gamma: torch.Tensor, beta: float) -> torch.Tensor:
+def moved(ref: Tensor, gamma: Tensor, beta: float) -> Tensor:
     """KL(pi*_i || pi_REF,i) of each language, nats: (..., L, K), (L, L) -> (..., L)."""
     return kl(dco.optimal_policy(ref, gamma, beta), ref)
 
@@ -36,21 +37,19 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         s, t = dco.align_reward(ref, gamma) / beta, t.detach()
         p = dco.optimal_policy(ref, t * gamma, beta).exp()
         variance = (p * (s - (p * s).sum(-1, keepdim=True)) ** 2).sum(-1)
-        slope_gap = worst(slope_gap, (slope - t * variance.sum()).abs())
+        slope_gap = worst(slope_gap, off(slope - t * variance.sum()))
         en, sw = zip(*(moved(ref[:2], matrix(x, 1 / x), 1.0).tolist() for x in (0.1, 1.0, 10.0)))
         errors += not (en[0] < en[1] < en[2] and sw[0] > sw[1] > sw[2])
         nearer += not (moved(ref, gamma, 2 * beta) <= moved(ref, gamma, beta) + 1e-12).all()
         at = [dco.optimal_policy(ref, dco.gamma_from_trust(w, b), b) for b in (beta, 10 * beta)]
-        same = worst(same, (at[0] - at[1]).abs())
+        same = worst(same, off(at[0] - at[1]))
     yield Finding("d/dt KL(pi*_i || pi_REF,i) = t Var(s), never negative", draws, slope_gap)
-    yield Finding(
-        "English first, (0.1, 10) moves English least, (10, 0.1) most (gap: exceptions)",
-        draws,
-        errors,
-        shown=f"KL of English, of Swahili at (0.1, 10): {en[0]:.3f}, "
-        f"{sw[0]:.3f}; at (10, 0.1): {en[2]:.3f}, {sw[2]:.3f}",
+    words = "English first, (0.1, 10) moves English least, (10, 0.1) most (gap: exceptions)"
+    shown = (
+        f"KL of English, of Swahili at (0.1, 10): {en[0]:.3f}, {sw[0]:.3f}; "
+        f"at (10, 0.1): {en[2]:.3f}, {sw[2]:.3f}"
     )
-    yield Finding(
-        "with the gammas fixed, a larger beta keeps nearer (gap: exceptions)", draws, nearer
-    )
+    yield Finding(words, draws, errors, shown=shown)
+    words = "with the gammas fixed, a larger beta keeps nearer (gap: exceptions)"
+    yield Finding(words, draws, nearer)
     yield Finding("under Lemma 3 it does nothing: pi* is the same at beta and 10 beta", draws, same)

@@ -6,7 +6,7 @@ them for each instance, so language i meets one expert j at a time, and its expe
     sum_j sum_(w, l) |r-hat_w - r-hat_l - gamma_ij log pi_REF,j(w) / pi_REF,j(l)|:
 
 least absolute deviations, whose minimum is at a *median* of the experts, where Eq. 15 asks for
-their *sum*. For two languages the two are one. For more, no Gamma describes the median, and its
+their *sum*. For two languages these are equal. For more, no Gamma describes the median, and its
 policy contradicts itself. With reference log-odds (9, -1, -1, -1), gamma = beta = 1, the sum is 6:
 pi* prefers the first answer everywhere. By medians the first language has 9 - 1 and the others
 -1 - 1. (The minimum need not be unique; descent's is taken. Squared deviations would regress on the
@@ -20,23 +20,20 @@ from torch import Tensor
 
 import dco
 import rankc
-from theory import Finding, contradiction, from_odds, rng, table, to_odds
-from theory.lemma2 import descend
+from theory import Finding, contradiction, from_odds, off, rng, table, to_odds, vector
+from theory.lemma2 import minimum
 
 
 def pairwise_optimum(ref_logps: Tensor, gamma: Tensor, beta: float) -> Tensor:
     """A minimum of Eq. 11 over all pairs of languages and of answers: (..., L, K) -> same."""
-    L, rewards = len(gamma), []
-    for shift in range(1, L):  # each language meets each other one, one at a time
-        i, j = torch.arange(L), (torch.arange(L) + shift) % L
-        one_expert = torch.zeros_like(gamma).index_put((i, j), gamma[i, j])
-        rewards.append(dco.align_reward(ref_logps, one_expert))
-    return descend(
-        lambda logps: (
-            sum(dco.dco_loss(logps, ref_logps, r, beta) for r in rewards) / (beta * (L - 1))
-        ),
-        ref_logps,
-    )
+    L = len(gamma)  # in L - 1 rounds each language meets each other one, one at a time
+    rounds = [gamma * torch.eye(L).roll(shift, 1) for shift in range(1, L)]
+    rewards = [dco.align_reward(ref_logps, one_expert) for one_expert in rounds]
+
+    def loss(logps: Tensor) -> Tensor:
+        return sum(dco.dco_loss(logps, ref_logps, r, beta) for r in rewards) / (beta * (L - 1))
+
+    return minimum(loss, ref_logps)
 
 
 def mean_clc(logps: Tensor) -> float:
@@ -45,39 +42,28 @@ def mean_clc(logps: Tensor) -> float:
     return float(matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean())
 
 
-def compare(N: int, K: int, draws: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference, joint and pairwise optimum with equal trust, gamma = beta = 1: (draws, N, K)."""
-    ref, gamma = table(g, draws, N, K), dco.gamma_from_trust(torch.ones(N, dtype=torch.double), 1.0)
-    return ref, dco.optimal_policy(ref, gamma, 1.0), pairwise_optimum(ref, gamma, 1.0)
+def compare(ref: Tensor) -> tuple[Tensor, Tensor]:
+    """Joint and pairwise optimum with equal trust, gamma = beta = 1: (..., L, K) -> same, twice."""
+    gamma = 1 - torch.eye(ref.shape[-2], dtype=torch.double)
+    return dco.optimal_policy(ref, gamma, 1.0), pairwise_optimum(ref, gamma, 1.0)
 
 
 def check(draws: int, seed: int) -> Iterator[Finding]:
     g, draws = rng(seed), max(1, draws // 5)
-    ref, joint, pairwise = compare(2, 6, draws, g)
-    yield Finding(
-        "two languages: the pairwise minimum is pi*", draws, float((joint - pairwise).abs().max())
-    )
-    ref = from_odds(torch.tensor([9.0, -1.0, -1.0, -1.0], dtype=torch.double))
-    gamma = torch.ones(4, 4, dtype=torch.double).fill_diagonal_(0)
-    found = map(to_odds, (dco.optimal_policy(ref, gamma, 1.0), pairwise_optimum(ref, gamma, 1.0)))
-    by_hand = torch.tensor([[6.0] * 4, [8.0, -2.0, -2.0, -2.0]], dtype=torch.double)
-    yield Finding(
-        "four languages at (9, -1, -1, -1): pi* has 6 in each, pairs (8, -2, -2, -2)",
-        1,
-        float((torch.stack(list(found)) - by_hand).abs().max()),
-    )
-    ref, joint, pairwise = compare(4, 6, draws, g)
-    yield Finding(
-        "four languages: pi* contradicts itself nowhere", draws, float(contradiction(joint).max())
-    )
+    joint, pairwise = compare(table(g, draws, 2, 6))
+    yield Finding("two languages: the pairwise minimum is pi*", draws, off(joint - pairwise))
+    found = torch.stack(compare(from_odds(vector(9, -1, -1, -1))))  # (2, 4, 2)
+    gap = off(to_odds(found) - torch.stack([vector(6, 6, 6, 6), vector(8, -2, -2, -2)]))
+    words = "four languages at (9, -1, -1, -1): pi* has 6 in each, pairs (8, -2, -2, -2)"
+    yield Finding(words, 1, gap)
+    ref = table(g, draws, 4, 6)
+    joint, pairwise = compare(ref)
+    words = "four languages: pi* contradicts itself nowhere"
+    yield Finding(words, draws, off(contradiction(joint)))
     consistent = int((contradiction(pairwise) < 1e-6).sum())
-    yield Finding(
-        "four languages: the pairwise minimum is consistent in no draw (gap: share)",
-        draws,
-        consistent / draws,
-        0.05,
-        shown=(
-            f"mean CLC {mean_clc(ref):.2f} before, {mean_clc(joint):.2f} joint, "
-            f"{mean_clc(pairwise):.2f} pairwise; consistent in {consistent} of {draws}"
-        ),
+    shown = (
+        f"mean CLC {mean_clc(ref):.2f} before, {mean_clc(joint):.2f} joint, "
+        f"{mean_clc(pairwise):.2f} pairwise; consistent in {consistent} of {draws}"
     )
+    words = "four languages: the pairwise minimum is consistent in no draw (gap: share)"
+    yield Finding(words, draws, consistent / draws, 0.05, shown)

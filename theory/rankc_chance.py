@@ -35,13 +35,9 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         scores, orders = rankc.rankc(first, every), orders + len(every)
         gap = worst(gap, abs(float(scores.mean()) - rankc.chance(N)))
         errors += int(((scores > 1 - 1e-12) != (first == every).all(-1)).sum())
+    words = "the mean over all N! rankings is sum_j w_j j / N, N = 2 .. 7"
     told = ", ".join(f"{rankc.chance(N):.3f} for {N}" for N in (2, 3, 4, 5, 10))
-    yield Finding(
-        "the mean over all N! rankings is sum_j w_j j / N, N = 2 .. 7",
-        orders,
-        gap,
-        shown=f"chance: {told}",
-    )
+    yield Finding(words, orders, gap, shown=f"chance: {told}")
     yield Finding("RankC is 1 for equal rankings and no others (gap: exceptions)", orders, errors)
     printed, renamed = 0.0, 0.0
     for _ in range(draws):
@@ -56,9 +52,6 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     yield Finding("renaming the answers alike in both languages changes nothing", draws, renamed)
     a, b, taste = table(g, 2000, 4), table(g, 2000, 4), torch.tensor([6.0, 4.0, 2.0, 0.0])
     shared = float(rankc.rankc(a + taste, b + taste).mean())
-    yield Finding(
-        "not so where languages share a taste: RankC is well above chance (gap: 0 or 1)",
-        2000,
-        float(shared < rankc.chance(4) + 0.1),
-        shown=(f"chance {rankc.chance(4):.3f}, with a shared taste {shared:.3f}"),
-    )
+    words = "not so where languages share a taste: RankC is well above chance (gap: 0 or 1)"
+    shown = f"chance {rankc.chance(4):.3f}, with a shared taste {shared:.3f}"
+    yield Finding(words, 2000, float(shared < rankc.chance(4) + 0.1), shown=shown)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dco
-from theory import Finding, from_odds, positive, rng, table, to_odds, whole, worst
+from theory import Finding, from_odds, off, positive, rng, table, to_odds, vector, whole, worst
 from theory.lemma1 import matrix
 
 
@@ -40,18 +40,14 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         swapped = probs.clone()
         swapped[[k, j]] = probs[[j, k]]
         by_hand = (probs[j] - probs[k]) * (reward[k] - reward[j])
-        gain = worst(gain, (((swapped - probs) * reward).sum() - by_hand).abs())
+        gain = worst(gain, off(((swapped - probs) * reward).sum() - by_hand))
         policy = dco.optimal_policy(ref, gamma, 1.0)[0]
         unsorted += policy.argsort().tolist() != reward.argsort().tolist()
-    yield Finding(
-        "of all K! orders the best is the other language's (gap: exceptions)", draws, out_of_order
-    )
+    words = "of all K! orders the best is the other language's (gap: exceptions)"
+    yield Finding(words, draws, out_of_order)
     yield Finding("exchanging two probabilities adds the product of the differences", draws, gain)
-    ref = from_odds(torch.tensor([4.0, -1.0], dtype=torch.double))  # language 2 disagrees, a bit
+    ref = from_odds(vector(4, -1))  # language 2 disagrees, a bit
     policy = to_odds(dco.optimal_policy(ref, matrix(1.0, 1.0), 1.0))
-    yield Finding(
-        "yet pi* itself is not: log-odds 4 against the reward's -1 give it 3",
-        1,
-        float((policy - 3).abs().max()),
-        shown=(f"at random, pi* is in its reward's order in {draws - unsorted} of {draws}"),
-    )
+    words = "yet pi* itself is not: log-odds 4 against the reward's -1 give it 3"
+    shown = f"at random, pi* is in its reward's order in {draws - unsorted} of {draws}"
+    yield Finding(words, 1, off(policy - 3), shown=shown)
