@@ -45,7 +45,7 @@ class Question:
         return len(next(iter(self.answers.values())))
 
 
-# ------------------------------------------------------------------------------------ loaders
+# ------------------------------------------------------------------------------------------ loaders
 
 
 def load(spec: str, langs: list[str], say: Callable[[str], None] = print) -> list[Question]:
@@ -536,7 +536,7 @@ def sample(question: Question, candidates: int, number: int, seed: int) -> list[
     return rng.sample(range(question.K), min(candidates, question.K))
 
 
-# ------------------------------------------------------------------------------------ tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 
 class Tree(NamedTuple):

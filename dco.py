@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------ the method
+# --------------------------------------------------------------------------------------- the method
 
 
 def align_reward(ref_logps: Tensor, gamma: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def gamma_from_trust(trust: Tensor, beta: float) -> Tensor:
     return beta * (trust / trust[:, None]).fill_diagonal_(0.0)
 
 
-# ------------------------------------------------------------------------------------ log pi(y|x)
+# -------------------------------------------------------------------------------------- log pi(y|x)
 
 
 class Pack(NamedTuple):

@@ -33,7 +33,7 @@ import data
 import dco
 from data import InputError, Question
 
-# -------------------------------------------------------------------------------- the measures
+# ------------------------------------------------------------------------------------- the measures
 
 
 def rankc(scores_a: Tensor, scores_b: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def _mean(values: Tensor) -> float | None:
     return float(values.double().mean()) if values.numel() else None
 
 
-# -------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 
 Splits = dict[str, list[Question]]  # "train" and "test"
 Tables = dict[str, dict[str, Tensor]]  # "base", "optimum", "trained"; of each split, (L, Q, K)
@@ -260,6 +260,9 @@ def write_answers(path: Path, splits: Splits, tables: Tables, langs: list[str]) 
                     nats = table[split][:, q, : question.K].tolist()
                     line[name] = dict(zip(langs, nats, strict=True))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------------------- Table 1, and pictures
 
 
 class Run(NamedTuple):
@@ -390,7 +393,7 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
     return True
 
 
-# -------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def option(default, text: str, **more):
@@ -538,7 +541,7 @@ def new_folder(path: str) -> Path:
     return out
 
 
-# -------------------------------------------------------------------------------- scoring a model
+# ---------------------------------------------------------------------- processes, and how they end
 
 
 def start(device: str, timeout: float = 60.0) -> tuple[torch.device, Callable]:
@@ -625,6 +628,63 @@ def on_signals(handler: Callable):
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def run(main: Callable, hint: str = "") -> None:
+    """Run a command line, so that whatever ends it early has a message and an exit status.
+
+    2: bad input; 128 + the signal's number: stopped; 1: all else. What all processes know, one a
+    machine tells; the rest is told by each with its rank. `hint` says how to go on.
+    """
+    rank, status = os.environ.get("RANK", "0"), 1
+    me = f"process {rank}: " if "RANK" in os.environ else ""
+
+    def tell(message, everyone=True):  # else once a machine: not all need to see the same files
+        if everyone or os.environ.get("LOCAL_RANK", "0") == "0":
+            with suppress(OSError):
+                print(me * (everyone or rank != "0") + message, file=sys.stderr, flush=True)
+
+    def stop(number, _):
+        nonlocal status
+        status = 128 + number
+        tell(f"stopped by {signal.Signals(number).name}{hint}")
+        sys.exit(status)
+
+    try:
+        with on_signals(stop):
+            main()
+            if dist.is_initialized():
+                dist.barrier()  # leave together: one that left early has aborted, now and then
+        status = 0
+    except InputError as error:
+        status = 2
+        tell(f"error: {error}", everyone=False)
+    except Halt as error:
+        status = error.args[1]
+        tell(f"{error}{hint}", everyone=False)
+    except torch.OutOfMemoryError as error:
+        tell(
+            f"error: out of GPU memory. Lower --max_tokens, or take --gradient_checkpointing, "
+            f"--shard over more GPUs, or --dtype bfloat16{hint}. {error}"
+        )
+    except OSError as error:
+        tell(f"error: {error}{hint}")
+    except RuntimeError as error:  # gloo has no class of its own; NCCL's is DistError
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        tell(
+            f"error: lost the other processes, of which one ended, or the network failed{hint}. "
+            f"{str(error).splitlines()[0]}"
+        )
+    finally:
+        gc.collect()  # what still holds the group, as DDP may, goes before it
+        if dist.is_initialized() and (status == 0 or dist.get_backend() == "gloo"):
+            dist.destroy_process_group()  # NCCL would wait for what failed
+    if status:
+        sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------- scoring a model
 
 
 def load_model(config: EvalConfig, device: torch.device):
@@ -764,6 +824,9 @@ def score(
     return out.view(len(trees), -1, K).transpose(0, 1).contiguous()
 
 
+# ---------------------------------------------------------------------------------- from end to end
+
+
 @dataclass(frozen=True)
 class RankcConfig(EvalConfig):
     """Judge a model: CLC, accuracy, entropy, and the forecast of what DCO can make of it; or
@@ -774,11 +837,8 @@ class RankcConfig(EvalConfig):
 
 
 def main() -> None:
-    config = parse(
-        RankcConfig,
-        "rankc.py",
-        lambda given: {} if given.train_subjects else {"train_questions": 0},
-    )
+    none = {"train_questions": 0}
+    config = parse(RankcConfig, "rankc.py", lambda given: {} if given.train_subjects else none)
     if config.markdown and not config.compare:
         raise InputError("--markdown is for --compare")
     if config.compare:
@@ -808,60 +868,6 @@ def main() -> None:
         write_answers(out / "answers.jsonl", splits, {"base": base}, config.langs)
         draw_clc(out / "clc.png", metrics[list(splits)[-1]]["base"], None, config.langs)
         say(f"\nwrote {out}")
-
-
-def run(main: Callable, hint: str = "") -> None:
-    """Run a command line, so that whatever ends it early has a message and an exit status.
-
-    2: bad input; 128 + the signal's number: stopped; 1: all else. What all processes know, one a
-    machine tells; the rest is told by each with its rank. `hint` says how to go on.
-    """
-    rank, status = os.environ.get("RANK", "0"), 1
-    me = f"process {rank}: " if "RANK" in os.environ else ""
-
-    def tell(message, everyone=True):  # else once a machine: not all need to see the same files
-        if everyone or os.environ.get("LOCAL_RANK", "0") == "0":
-            with suppress(OSError):
-                print(me * (everyone or rank != "0") + message, file=sys.stderr, flush=True)
-
-    def stop(number, _):
-        nonlocal status
-        status = 128 + number
-        tell(f"stopped by {signal.Signals(number).name}{hint}")
-        sys.exit(status)
-
-    try:
-        with on_signals(stop):
-            main()
-            if dist.is_initialized():
-                dist.barrier()  # leave together: one that left early has aborted, now and then
-        status = 0
-    except InputError as error:
-        status = 2
-        tell(f"error: {error}", everyone=False)
-    except Halt as error:
-        status = error.args[1]
-        tell(f"{error}{hint}", everyone=False)
-    except torch.OutOfMemoryError as error:
-        tell(
-            f"error: out of GPU memory. Lower --max_tokens, or take --gradient_checkpointing, "
-            f"--shard over more GPUs, or --dtype bfloat16{hint}. {error}"
-        )
-    except OSError as error:
-        tell(f"error: {error}{hint}")
-    except RuntimeError as error:  # gloo has no class of its own; NCCL's is DistError
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        tell(
-            f"error: lost the other processes, of which one ended, or the network failed{hint}. "
-            f"{str(error).splitlines()[0]}"
-        )
-    finally:
-        gc.collect()  # what still holds the group, as DDP may, goes before it
-        if dist.is_initialized() and (status == 0 or dist.get_backend() == "gloo"):
-            dist.destroy_process_group()  # NCCL would wait for what failed
-    if status:
-        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def check_settings(config: Config) -> None:
         raise InputError(f"--data {config.data} needs --model: without, there is atlas only")
 
 
-# -------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
 class Item(NamedTuple):
@@ -374,7 +374,7 @@ def watch(logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, config: C
     }
 
 
-# -------------------------------------------------------------------------------- what is kept
+# ------------------------------------------------------------------------------------- what is kept
 
 # What may change where a run is resumed: it moves nothing but rounding.
 FREE = {"out", "resume", "save_every", "log_every", "max_tokens", "gradient_checkpointing", "shard"}
@@ -598,7 +598,7 @@ def fingerprint(model, splits: rankc.Splits, trees: dict[str, list[list[data.Tre
     return found.hexdigest()
 
 
-# -------------------------------------------------------------------------------- the folder
+# --------------------------------------------------------------------------------------- the folder
 
 
 def settings(config: Config) -> dict:
@@ -774,7 +774,7 @@ def tell(model, tokenizer, facts: list[str], seed: int) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
-# -------------------------------------------------------------------------------- from end to end
+# ---------------------------------------------------------------------------------- from end to end
 
 
 def count_steps(questions: int, config: Config) -> int:
