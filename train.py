@@ -784,14 +784,11 @@ def count_steps(questions: int, config: Config) -> int:
 
 def describe(model, tokenizer, splits, trees, config: Config) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
-    fewer = sum(question.K < config.candidates for question in splits["train"])
-    compared = {
-        "dco": f"{config.objective}, beta {config.beta:g}, {config.candidates} candidates each"
-        + f" ({fewer} questions have fewer)" * (fewer > 0),
-        "sft": "on the gold answers",
-        "dpo": f"beta {config.beta:g}, gold answer over a random other",
-        "calm": f"beta {config.beta:g}, fewer steps if some questions are unanimous",
-    }[config.method]
+    method = config.method + f", beta {config.beta:g}" * (config.method != "sft")
+    if config.method == "dco":
+        fewer = sum(question.K < config.candidates for question in splits["train"])
+        method += f", {config.objective}, {config.candidates} candidates each"
+        method += f" ({fewer} questions have fewer)" * (fewer > 0)
     weight = next(model.parameters())
     mixed = ", bfloat16 autocast" * (weight.is_cuda and config.dtype == "float32")
     where = f"{dist.get_world_size()} x {weight.device.type}{', sharded' * config.shard}"
@@ -803,7 +800,7 @@ def describe(model, tokenizer, splits, trees, config: Config) -> str:
         f"{config.dtype}{mixed}, on {where}",
         f"{config.data} in {' '.join(config.langs)}: {parts}",
         f"{total} steps of {config.batch_questions} questions over all processes, epochs "
-        f"{config.epochs}, rate {config.lr:g} {config.schedule}: {config.method} ({compared})",
+        f"{config.epochs}, rate {config.lr:g} {config.schedule}; {method}",
     ]
     for lang, tree in zip(config.langs[:2], trees["train"][0], strict=False):
         answers = [tokenizer.decode(branch) for branch in tree.branches]
