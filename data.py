@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
 
 
 class InputError(ValueError):
@@ -47,8 +50,11 @@ class Question:
 
 # ------------------------------------------------------------------------------------------ loaders
 
+Say = Callable[[str], None]  # where what is dropped is told
+Loaded = Iterator[tuple[str, Question]]  # where it stands, for messages, and the question
 
-def load(spec: str, langs: list[str], say: Callable[[str], None] = print) -> list[Question]:
+
+def load(spec: str, langs: list[str], say: Say = print) -> list[Question]:
     """The questions of `spec` in these languages: atlas, or bmlama, mmmlu, xcsqa or jsonl:PATH.
 
     What a rule of the format drops is counted and told to `say`. Raises InputError on anything that
@@ -101,7 +107,7 @@ def check(question: Question, langs: list[str], where: str) -> None:
 
 
 @contextmanager
-def reading(path: Path):
+def reading(path: Path) -> Iterator[TextIO]:
     """Open a UTF-8 file, byte-order mark or not, and turn what may go wrong into InputError."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -173,10 +179,7 @@ def atlas() -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-Loaded = Iterator[tuple[str, Question]]  # where it stands, for messages, and the question
-
-
-def load_atlas(place: str, langs: list[str], say) -> Loaded:
+def load_atlas(place: str, langs: list[str], say: Say) -> Loaded:
     """The embedded facts: 40 countries x 6 relations in en fr es sw, six candidates each."""
     rows = atlas()
     there = list(rows[0])[2:]
@@ -199,7 +202,7 @@ def load_atlas(place: str, langs: list[str], say) -> Loaded:
             yield f"atlas.tsv, {country}", question
 
 
-def load_bmlama(place: str, langs: list[str], say) -> Loaded:
+def load_bmlama(place: str, langs: list[str], say: Say) -> Loaded:
     """BMLAMA-17 and -53: LANG.tsv; sentence, answer, candidates, subject; line n is parallel.
 
     The prompt is the sentence up to its mask. An answer is a candidate and what follows the mask,
@@ -260,7 +263,7 @@ class Row(NamedTuple):
     key: str  # the letter of the right option; empty where the file does not tell
 
 
-def align(place: str, tables: dict[str, dict[str, Row]], say, most: float) -> Loaded:
+def align(place: str, tables: dict[str, dict[str, Row]], say: Say, most: float) -> Loaded:
     """Join the languages' rows on their ids, with lm-evaluation-harness's prompt; answers: letters.
 
     Questions that are not in every language, or whose key is not the same in all, are dropped and
@@ -304,7 +307,7 @@ def align(place: str, tables: dict[str, dict[str, Row]], say, most: float) -> Lo
         yield where, Question(i, subject, gold, prompts, answers)
 
 
-def load_mmmlu(place: str, langs: list[str], say) -> Loaded:
+def load_mmmlu(place: str, langs: list[str], say: Say) -> Loaded:
     """MMMLU, `[test/]mmlu_XX-YY.csv`, and MMLU as first published, in English or translated.
 
     The latter is `<subject>_test[_<lang>].csv`, a file a subject, without header. A plain code
@@ -409,7 +412,7 @@ def unique(found: Iterable[tuple[str, Row]]) -> dict[str, Row]:
     return table
 
 
-def load_xcsqa(place: str, langs: list[str], say) -> Loaded:
+def load_xcsqa(place: str, langs: list[str], say: Say) -> Loaded:
     """X-CSQA, `[X-CSQA/]<lang>/dev.jsonl`, joined on id; without any, the blind `test.jsonl`.
 
     The published files permute the options of each language, which is refused (see `align`).
@@ -452,7 +455,7 @@ def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
         yield id, row
 
 
-def load_jsonl(place: str, langs: list[str], say) -> Loaded:
+def load_jsonl(place: str, langs: list[str], say: Say) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
     path, lines = Path(place), {}
     same = lru_cache(2**16)(str)  # of the last 65,536 answers, those that are equal are kept once
@@ -553,7 +556,7 @@ class Tree(NamedTuple):
 
 
 def encode(
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     questions: list[Question],
     langs: list[str],
     context: int | None = None,

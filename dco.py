@@ -13,11 +13,14 @@ product of theirs.
 import heapq
 from collections.abc import Sequence
 from itertools import repeat
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PretrainedConfig
 
 # --------------------------------------------------------------------------------------- the method
 
@@ -206,7 +209,7 @@ def pack(trees: Sequence, hidden_size: int, packed: bool = True) -> Pack:
     column = rank - (length.cumsum(0) - length)[row]
     keep, place = column[parent].unique(return_inverse=True)
 
-    def grid(values, fill):  # (N,) -> (R, C)
+    def grid(values: Tensor, fill: int) -> Tensor:  # (N,) -> (R, C)
         out = torch.full((len(length), int(length.max())), fill)
         return out.index_put_((row, column), values)
 
@@ -215,7 +218,9 @@ def pack(trees: Sequence, hidden_size: int, packed: bool = True) -> Pack:
     return Pack(*grids, keep, row[parent], place, target, slot, (len(trees), K))
 
 
-def attention_masks(config, sees: Tensor, depth: Tensor, dtype: torch.dtype):
+def attention_masks(
+    config: "PretrainedConfig", sees: Tensor, depth: Tensor, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
     """What `sees` allows, as a model takes it: 0 or the lowest number, added to attention scores.
 
     sees: (rows, columns, columns) bool, query by key; depth: (rows, columns). A bool mask would

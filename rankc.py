@@ -21,17 +21,20 @@ from datetime import timedelta
 from functools import partial
 from itertools import combinations, permutations
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import data
 import dco
 from data import InputError, Question
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
 
 # ------------------------------------------------------------------------------------- the measures
 
@@ -138,6 +141,7 @@ def _mean(values: Tensor) -> float | None:
 # --------------------------------------------------------------------------------------- the report
 
 Splits = dict[str, list[Question]]  # "train" and "test"
+Trees = dict[str, list[list[data.Tree]]]  # of each split, [question][language]
 Tables = dict[str, dict[str, Tensor]]  # "base", "optimum", "trained"; of each split, (L, Q, K)
 
 
@@ -163,6 +167,7 @@ def columns(lines: list[list[str]]) -> list[str]:
 
 
 def percent(share: float | None, form: str = ".1f") -> str:
+    """A share as per cent; nothing for None."""
     return "" if share is None else f"{100 * share:{form}}"
 
 
@@ -396,7 +401,7 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
 # --------------------------------------------------------------------------------- the command line
 
 
-def option(default, text: str, **more):
+def option(default: Any, text: str, **more: Any) -> Any:
     """A field of the configuration whose help is `text`."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text, **more})
@@ -467,7 +472,7 @@ class EvalConfig:
     timeout: float = option(60.0, "minutes without a word from another process before giving up")
 
 
-def parse(config_class, prog: str, defaults: Callable[..., dict] = lambda config: {}):
+def parse(config_class: type, prog: str, defaults: Callable[..., dict] = lambda config: {}) -> Any:
     """The command line as a frozen config; `defaults` may set other ones, seeing what was given."""
     from transformers import HfArgumentParser
 
@@ -604,7 +609,7 @@ class Halt(Exception):
         return self.args[0]
 
 
-def on_first(work: Callable, *arguments):
+def on_first(work: Callable, *arguments: Any) -> Any:
     """What `work` returns on rank 0, on every process; an error of its input or disk likewise."""
     outcome = [None, None]
     if dist.get_rank() == 0:
@@ -620,7 +625,7 @@ def on_first(work: Callable, *arguments):
 
 
 @contextmanager
-def on_signals(handler: Callable):
+def on_signals(handler: Callable) -> Iterator[None]:
     """While it lasts, SIGTERM and Ctrl-C call handler(number, frame)."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -687,7 +692,9 @@ def run(main: Callable, hint: str = "") -> None:
 # ---------------------------------------------------------------------------------- scoring a model
 
 
-def load_model(config: EvalConfig, device: torch.device):
+def load_model(
+    config: EvalConfig, device: torch.device
+) -> tuple[nn.Module, "PreTrainedTokenizerBase"]:
     """The model, in the asked number format and with dropout off, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -719,7 +726,14 @@ def load_model(config: EvalConfig, device: torch.device):
     return model.to(device), tokenizer
 
 
-def plant(model, tokenizer, splits: Splits, config: EvalConfig, say: Callable, whole: bool = False):
+def plant(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    splits: Splits,
+    config: EvalConfig,
+    say: Callable,
+    whole: bool = False,
+) -> tuple[Trees, bool]:
     """The trees of each split, [question][language], and whether this model scores them packed."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     trees, every = {}, []
@@ -736,13 +750,13 @@ def plant(model, tokenizer, splits: Splits, config: EvalConfig, say: Callable, w
     return trees, packed
 
 
-def rest(model) -> None:
+def rest(model: nn.Module) -> None:
     """Let go of the weights that FSDP gathers for a forward pass and keeps for a backward one."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def autocast(config: EvalConfig, device: torch.device):
+def autocast(config: EvalConfig, device: torch.device) -> torch.autocast:
     """bfloat16 matrix products over float32 weights on CUDA; elsewhere in the weights' format."""
     enabled = device.type == "cuda" and config.dtype == "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
@@ -778,7 +792,7 @@ def progress(
 
 @torch.no_grad()
 def score(
-    model,
+    model: nn.Module,
     trees: list[list[data.Tree]],
     config: EvalConfig,
     desc: str,

@@ -30,12 +30,14 @@ import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
-from transformers import get_scheduler
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
 import data
 import dco
@@ -218,7 +220,7 @@ def term(logps: Tensor, ref_logps: Tensor, r_align: Tensor, config: Config) -> T
 
 
 def optimise(
-    model,
+    model: nn.Module,
     steps: Iterator[list[Item]],
     total: int,
     config: Config,
@@ -286,13 +288,13 @@ def optimise(
     return tokens
 
 
-def replicate(model, before: Sequence[list[Item]], packed: bool) -> DistributedDataParallel:
+def replicate(model: nn.Module, before: Sequence[list[Item]], packed: bool) -> DDP:
     """DDP, and where steps were done `before` it as it was after the first of them.
 
     It regroups gradients after its first backward pass, and so adds up those of three processes or
     more in another order; a pass that counts nothing brings it there.
     """
-    policy = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    policy = DDP(model, gradient_as_bucket_view=True)
     for item in [items[0] for items in before]:
         (0.0 * completion_logps(policy, [item.trees[item.used[0]]], packed).sum()).backward()
         policy.zero_grad()
@@ -438,8 +440,8 @@ class Kept:
                 found = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is damaged ({error}); {without}") from error
-        shapes = [{name: t.shape for name, t in x.items()} for x in (found, like or found)]
-        if shapes[0] != shapes[1]:
+        wanted = found if like is None else like
+        if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in wanted.items()}:
             raise InputError(f"{path}: other tensors than this model has; {without}")
         return found
 
@@ -454,7 +456,7 @@ class Kept:
             raise OSError(f"{path}: {error}") from error
 
     @torch.no_grad()
-    def load(self, model, optimizer, scheduler) -> dict:
+    def load(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> dict:
         """Put the newest checkpoint in place; what it says of itself, {} where there is none."""
         if not (state := on_first(self.state)):
             return {}
@@ -479,34 +481,35 @@ class Kept:
         optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
         return state
 
-    def save(self, model, optimizer, scheduler, state: dict) -> None:
+    def save(
+        self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: dict
+    ) -> None:
         """Write a checkpoint beside the others, then keep the last two. Raises Halt if it fails."""
         path = self.folder / f"step-{state['step']}"
         beside = path.with_name(path.name + ".part")
         trained = [name for name, w in model.named_parameters() if optimizer.state.get(w)]
         state |= {"scheduler": scheduler.state_dict(), "content": self.content, "trained": trained}
+
+        def finish():
+            (beside / "state.json").write_text(json.dumps(state))  # last
+            put(beside, path)
+
         try:
             on_first(lambda: (remove(path), beside.mkdir()))
             for name, tensors in files(model, optimizer).items():
                 on_first(self.write, beside / name, gather(tensors))
-            on_first(
-                lambda: ((beside / "state.json").write_text(json.dumps(state)), put(beside, path))
-            )
+            on_first(finish)
         except OSError as error:
             on_first(remove, beside)
-            older = on_first(self.steps)
-            left = (
-                f"The checkpoint of step {older[-1]} is whole"
-                if older
-                else "There is no checkpoint before it"
-            )
-            raise Halt(
-                f"error: step {state['step']} could not be saved: {error}. {left}"
-            ) from error
+            left = "There is no checkpoint before it"
+            if older := on_first(self.steps):
+                left = f"The checkpoint of step {older[-1]} is whole"
+            failed = f"error: step {state['step']} could not be saved: {error}"
+            raise Halt(f"{failed}. {left}") from error
         on_first(lambda: [remove(self.folder / f"step-{step}") for step in self.steps()[:-2]])
 
 
-def files(model, optimizer) -> dict[str, dict[str, Tensor]]:
+def files(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """The files of a checkpoint, and the tensors in each."""
     weights, moments = dict(model.named_parameters()), {}
     for name, weight in weights.items():
@@ -560,7 +563,7 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder.rename(gone))
 
 
-def shard(model, device: torch.device) -> None:
+def shard(model: nn.Module, device: torch.device) -> None:
     """FSDP2: of each weight, gradient and moment a process holds its share.
 
     A layer's weights are gathered where it computes. Raises InputError where no layers are found.
@@ -576,7 +579,7 @@ def shard(model, device: torch.device) -> None:
         fully_shard(part, mesh=mesh)
 
 
-def fingerprint(model, splits: rankc.Splits, trees: dict[str, list[list[data.Tree]]]) -> str:
+def fingerprint(model: nn.Module, splits: rankc.Splits, trees: rankc.Trees) -> str:
     """A hash of what is computed with: the weights' bits, summed, the questions, their tokens.
 
     And of the kind of device: on CUDA, autocast scores otherwise than a CPU did.
@@ -701,7 +704,7 @@ def trim_log(path: Path, done: int) -> None:
     put_text(path, "".join(whole))
 
 
-def save_model(model, tokenizer, out: Path) -> None:
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """The model as a Hugging Face folder. Raises OSError where the disk is full."""
     full = None
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
@@ -724,7 +727,7 @@ def save_model(model, tokenizer, out: Path) -> None:
 COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts it is told
 
 
-def embedded_model(config: Config):
+def embedded_model(config: Config) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
     """A tiny Llama over whole words that knows nothing yet, its tokenizer, and what to tell it.
 
     English has every fact, the other languages a share (COVERAGE), drawn by the seed; all have the
@@ -755,7 +758,9 @@ def embedded_model(config: Config):
     return model, tokenizer, facts
 
 
-def tell(model, tokenizer, facts: list[str], seed: int) -> dict[str, Tensor]:
+def tell(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: list[str], seed: int
+) -> dict[str, Tensor]:
     """Tell the embedded model its facts, unevenly as real ones are told, by plain SFT."""
     ids = [torch.tensor(row) for row in tokenizer(facts)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.5, betas=(0.9, 0.98))
@@ -782,7 +787,13 @@ def count_steps(questions: int, config: Config) -> int:
     return config.epochs * -(-questions * config.pairs_per_question // config.batch_questions)
 
 
-def describe(model, tokenizer, splits, trees, config: Config) -> str:
+def describe(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: rankc.Splits,
+    trees: rankc.Trees,
+    config: Config,
+) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
     method = config.method + f", beta {config.beta:g}" * (config.method != "sft")
     if config.method == "dco":

@@ -1,0 +1,187 @@
+"""The README is true: its flags, equations, names, counts and files exist, its commands run."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rankc
+import reading
+import theory.__main__
+import train
+from conftest import ROOT, launch
+
+README = (ROOT / "README.md").read_text()
+MEASURED = (ROOT / ".github" / "measured.md").read_text()
+SOURCES = {path: path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("theory/*.py")]}
+TESTS = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+
+# ------------------------------------------------------------------------------------ what it names
+
+
+def helped(main, capsys, monkeypatch):
+    """The text of a script's --help."""
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def flags(capsys, monkeypatch):
+    """Every flag of every program that the README may run."""
+    from torch.distributed.run import get_args_parser
+
+    import bench
+    import kill_loop
+
+    fields = dataclasses.fields(train.Config) + dataclasses.fields(rankc.RankcConfig)
+    texts = [helped(main, capsys, monkeypatch) for main in (bench.main, kill_loop.main)]
+    texts += [helped(theory.__main__.main, capsys, monkeypatch), get_args_parser().format_help()]
+    found = {flag for text in texts for flag in re.findall(r"--([a-z][\w-]*)", text)}
+    return {flag.replace("-", "_") for flag in found} | {field.name for field in fields}
+
+
+def test_each_flag_that_the_readme_names_exists(flags):
+    named = re.findall(r"(?<![\w-])--([a-z][\w-]*)", README + MEASURED)
+    assert len(set(named)) > 20
+    assert {flag.replace("-", "_") for flag in named} <= flags
+
+
+def test_each_setting_says_what_it_is_for():
+    for config in (train.Config, rankc.RankcConfig):
+        for setting in dataclasses.fields(config):
+            assert len(setting.metadata["help"]) > 5, setting.name
+
+
+def cited(text):
+    """What is cited of the paper, as (kind, number or letter)."""
+    kinds = {"Eqs?": r"\d+", "Lemmas?": r"\d", "Remarks?": r"\d", "Def": r"\d", "Apps?": "[A-N]"}
+    kinds["[Ss]ec(?:tion|tions|s)?"] = r"\d(?:\.\d)?"
+    for kind, number in kinds.items():
+        listed = rf"\b{kind}\.? ({number}(?:(?:, | and | to | or |-){number})*)(?!\w)"
+        for numbers in re.findall(listed, text):
+            for each in re.findall(number, numbers):
+                yield kind.rstrip("s?"), each
+
+
+def test_each_equation_lemma_section_and_appendix_cited_exists_in_the_paper(real_data):
+    paper = (real_data.parent / "paper.md").read_text()
+    tags = {
+        a or b for a, b in re.findall(r"\\tag\{(\d+)\}|(?:^|quad |\$\$)\((\d+)[ab]?\)", paper, re.M)
+    }
+    there = {("Eq", tag) for tag in tags}
+    there |= {("Lemma", n) for n in re.findall(r"\*\*Lemma (\d)", paper)}
+    there |= {("Remark", n) for n in re.findall(r"\*\*Remark (\d)", paper)}
+    there |= {("Def", n) for n in re.findall(r"\*\*Definition (\d)", paper)}
+    there |= {("App", letter) for letter in re.findall(r"^#+ ([A-N]) [A-Z]", paper, re.M)}
+    sections = re.findall(r"^#+ (\d(?:\.\d)?) [A-Z]", paper, re.M)
+    there |= {("[Ss]ec(?:tion|tions|s)", number) for number in sections}
+    assert {("Eq", str(n)) for n in range(1, 19)} <= there
+    for name, text in {"README": README, "measured": MEASURED, **SOURCES}.items():
+        assert set(cited(text)) <= there, (name, set(cited(text)) - there)
+    assert len(set(cited(README))) > 20
+
+
+def test_each_name_in_the_equation_table_can_be_imported_and_takes_what_it_says():
+    rows = re.findall(r"^\|.*`(\w+)\.(\w+)\((.*?)\)` \|", README, re.M)
+    assert len(rows) == 13
+    for module, name, arguments in rows:
+        function = getattr(importlib.import_module(module), name)
+        taken = list(inspect.signature(function).parameters)
+        assert taken[: arguments.count(",") + 1] == arguments.split(", "), name
+        assert inspect.getdoc(function), name
+
+
+def test_each_test_and_file_that_the_readme_names_is_there():
+    for name in set(re.findall(r"`(test_\w+)`", README + MEASURED)):
+        assert f"def {name}(" in TESTS, name
+    for name in re.findall(r"`((?:theory|tests)/\w+\.py)`", README + MEASURED):
+        assert (ROOT / name).is_file(), name
+    for folder, text in ((ROOT, README), (ROOT / ".github", MEASURED)):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (folder / link).is_file(), link
+
+
+def test_the_counts_in_the_readme_are_those_of_reading_py():
+    stretches = {name: sum(lines.values()) for name, lines in reading.executed().items()}
+    micro_batch, packing, command = stretches.values()
+    text = " ".join(README.split())
+    assert f"a reader crosses {micro_batch} lines in 3 places" in text
+    assert f"{packing} more to deal and pack it, and {command} from the command line" in text
+    for name in reading.MODULES:
+        size = reading.Size.of(ROOT / f"{name}.py").lines
+        assert re.search(rf"^\| `{name}.py` \| (\d+ of )?{size} \|", README, re.M), (name, size)
+
+
+def test_public_functions_say_what_they_take_and_give():
+    for module in (importlib.import_module(name) for name in reading.MODULES):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ != module.__name__ or name.startswith("_") or name == "main":
+                continue
+            assert inspect.getdoc(function), name
+            parts = inspect.signature(function)
+            kinds = [parts.return_annotation, *(p.annotation for p in parts.parameters.values())]
+            assert inspect.Signature.empty not in kinds, name
+
+
+# -------------------------------------------------------------------------------- what it runs
+
+SMALL = ["--train_questions", "3", "--test_questions", "2", "--device", "cpu"]
+ELSEWHERE = {  # where it is run, or why not here
+    "torchrun train.py": "test_the_default_run_makes_the_embedded_model_consistent",
+    "python -m pytest": "this is it",
+    "python tests/reading.py": "test_the_counts_in_the_readme_are_those_of_reading_py",
+    "python tests/bench.py --scale": "takes minutes; its flag is known to exist",
+    "python tests/kill_loop.py": "takes an hour; its flags are known to exist",
+}
+
+
+def commands(text):
+    """The programs that are run, in code blocks and in code spans, in order."""
+    blocks = re.findall(r"^    (?! )(.*(?:\\\n.*)*)", text, re.M)
+    for block in blocks + re.findall(r"`([^`\n]+)`", text):
+        for command in block.replace("\\\n", " ").split(" && "):
+            command = command.replace(".venv/bin/", "").strip()
+            if re.match(r"(torchrun|python) ", command):
+                yield " ".join(command.split())
+
+
+def test_every_command_in_the_readme_runs(tmp_path, monkeypatch):
+    """Small: on six questions and a tiny model; in order, for one reads what another wrote."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    reading.questions(tmp_path / "data")
+    ran = set()
+    for command in dict.fromkeys(commands(README)):
+        if command in ELSEWHERE:
+            assert f"def {ELSEWHERE[command]}(" in TESTS or "test_" not in ELSEWHERE[command]
+            continue
+        program, *arguments = shlex.split(command.replace("bmlama:DIR", "bmlama:data"))
+        if "theory" in arguments:
+            names = [name for name in arguments[2:] if name != "NAME"]
+            assert theory.__main__.main([*names, "lemma1", "--draws", "5"]) == 0
+        elif arguments[0] == "tests/bench.py":
+            more = ["--model", "data/model", "--data", "atlas", "--repeat", "1"]
+            run = [sys.executable, str(ROOT / arguments[0]), *arguments[1:], *more]
+            done = subprocess.run(run, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        else:
+            at = next(n for n, part in enumerate(arguments) if part.endswith(".py"))
+            script, *arguments = arguments[at:]
+            if "--compare" in arguments:
+                at = arguments.index("runs/*")
+                arguments[at : at + 1] = sorted(map(str, Path("runs").iterdir()))
+            elif not Path(arguments[arguments.index("--model") + 1]).is_dir():
+                arguments += ["--model", "data/model", *SMALL]  # not DIR, nor a name of the hub
+            else:
+                arguments += SMALL
+            launch(script, *arguments)
+        ran.add(arguments[0] if program == "python" else program)
+    assert len(ran) >= 4
