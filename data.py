@@ -48,6 +48,138 @@ class Question:
         return len(next(iter(self.answers.values())))
 
 
+# ---------------------------------------------------------------------- split and sampling (App. H)
+
+
+def split(
+    questions: list[Question],
+    train: int | None,
+    test: int | None,
+    seed: int,
+    train_subjects: Collection[str] = (),
+    test_subjects: Collection[str] = (),
+) -> tuple[list[Question], list[Question]]:
+    """The first `train` and the next `test` questions (None: all) in an order drawn by seed.
+
+    Where subjects are named (section 6.3), each part takes its own; where they are named for one
+    part only, the other takes the other subjects. Adding a language or a process changes neither
+    part. Raises InputError for a subject that is not there and if there are too few questions.
+    """
+
+    def may(question: Question, subjects: Collection[str], of_others: Collection[str]) -> bool:
+        return question.subject in subjects if subjects else question.subject not in of_others
+
+    order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
+    there = sorted({q.subject for q in questions})
+    for subject in (*train_subjects, *test_subjects):
+        if subject not in there:
+            some = ", ".join(there[:60]) + ", ..." * (len(there) > 60)
+            raise InputError(f"there is no subject {subject!r}; there are {some}")
+    pool = [q for q in order if may(q, train_subjects, test_subjects)]
+    chosen = pool[:train]
+    taken = {q.id for q in chosen}
+    rest = [q for q in order if q.id not in taken and may(q, test_subjects, train_subjects)]
+    asked = {"training": (train, len(pool)), "held-out": (test, len(rest))}
+    if any(not 0 <= (number or 0) <= most for number, most in asked.values()):
+        wanted = " and ".join(f"{'all' if n is None else n} {x}" for x, (n, _) in asked.items())
+        raise InputError(
+            f"{wanted} questions asked for, but there are {len(pool)} to train on and then "
+            f"{len(rest)} others"
+        )
+    for subject in test_subjects:
+        if not any(q.subject == subject for q in rest[:test]):
+            why = "all are trained on, or --test_questions is too small"
+            raise InputError(f"no question of {subject!r} is left to report on: {why}")
+    return chosen, rest[:test]
+
+
+def sample(question: Question, candidates: int, number: int, seed: int) -> list[int]:
+    """The `number`-th draw of so many candidates, or all there are, by seed and id alone."""
+    rng = random.Random(f"{seed}/{question.id}/{number}")
+    return rng.sample(range(question.K), min(candidates, question.K))
+
+
+# ------------------------------------------------------------------------------------------- tokens
+
+
+class Tree(NamedTuple):
+    """A question in one language as token ids: prefix + branches[k] is the prompt with answer k."""
+
+    prefix: list[int]  # what all answers share, never empty
+    branches: list[list[int]]
+    lead: int = 0  # how many ids at the start of a branch are still the prompt's, and score nothing
+
+    def tokens(self, packed: bool = True) -> int:
+        """How many tokens dco.completion_logps feeds for it."""
+        own = sum(len(branch) - 1 for branch in self.branches)
+        return own + len(self.prefix) * (1 if packed else len(self.branches))
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: list[Question],
+    langs: list[str],
+    context: int | None = None,
+    whole: bool = False,
+) -> list[list[Tree]]:
+    """Trees, [question][language], split into prompt and answer as lm-evaluation-harness does.
+
+    Spaces that end the prompt go to the answer. encode(prompt + answer) is what is fed; what lies
+    beyond the length of encode(prompt) is scored, and never less than a token. Where answers change
+    how the prompt's end is tokenised, they share only their common beginning, and the score stays
+    exact. `whole` scores the prompt too. Raises InputError for a text longer than `context` tokens
+    or without a token to predict the answer from.
+    """
+    some = 256
+    if len(questions) > some:  # a tokenizer's own lists are ten times what is kept
+        parts = (questions[first : first + some] for first in range(0, len(questions), some))
+        return [row for part in parts for row in encode(tokenizer, part, langs, context, whole)]
+    bos = tokenizer.bos_token_id
+    bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    texts, asked = [], []
+    for question, lang in product(questions, langs):
+        prompt = question.prompts[lang].rstrip()
+        spaces = question.prompts[lang][len(prompt) :]
+        answers = [spaces + answer for answer in question.answers[lang]]
+        blanks = sorted({"", *(answer[: -len(answer.lstrip())] for answer in answers)})
+        texts += [prompt + more for more in (*blanks, *answers)]
+        asked.append((f"question {question.id!r}, {lang!r}", len(blanks), len(answers)))
+    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    trees = []
+    for where, blanks, K in asked:
+        empty = [bos + next(ids) for _ in range(blanks)]  # the prompt, also with spaces after it
+        prompt, texts = empty[0], [bos + next(ids) for _ in range(K)]
+        if dropped := [k for k, text in enumerate(texts) if text in empty]:
+            lost = "has no token of its own: the tokenizer drops its characters"
+            raise InputError(f"{where}: answer {dropped[0]} {lost}")
+        start = 1 if whole else min(len(prompt), *(len(text) - 1 for text in texts))
+        if start < 1:
+            lost = "no token stands before the answer to predict it"
+            raise InputError(f"{where}: {lost}; make the prompt longer")
+        if context and (longest := max(map(len, texts))) > context:
+            limit = f"the model's context is {context}; leave the question out"
+            raise InputError(f"{where}: {longest} tokens, but {limit}")
+        shared = next((i for i in range(start) if len({text[i] for text in texts}) > 1), start)
+        if not shared:
+            lost = "the answers change the prompt's first token"
+            raise InputError(f"{where}: {lost}; make the prompt longer")
+        branches = [text[shared:] for text in texts]
+        trees.append(Tree(texts[0][:shared], branches, start - shared))
+    return [trees[q : q + len(langs)] for q in range(0, len(trees), len(langs))]
+
+
+def batches(trees: list[Tree], max_tokens: int, packed: bool = True) -> list[list[int]]:
+    """Indices of trees, longest first, in groups that feed at most `max_tokens` or are one tree."""
+    groups, room = [], 0
+    for i in sorted(range(len(trees)), key=lambda i: -trees[i].tokens(packed)):
+        if (size := trees[i].tokens(packed)) > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(i)
+        room -= size
+    return groups
+
+
 # ------------------------------------------------------------------------------------------ loaders
 
 Say = Callable[[str], None]  # where what is dropped is told
@@ -487,134 +619,3 @@ def load_jsonl(place: str, langs: list[str], say: Say) -> Loaded:
 LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu, "xcsqa": load_xcsqa}
 LOADERS["jsonl"] = load_jsonl
 TRAIN_QUESTIONS = {"atlas": 160, "bmlama": 5000, "mmmlu": 5000, "xcsqa": 800}  # App. H, Table 4
-
-# ---------------------------------------------------------------------- split and sampling (App. H)
-
-
-def split(
-    questions: list[Question],
-    train: int | None,
-    test: int | None,
-    seed: int,
-    train_subjects: Collection[str] = (),
-    test_subjects: Collection[str] = (),
-) -> tuple[list[Question], list[Question]]:
-    """The first `train` and the next `test` questions (None: all) in an order drawn by seed.
-
-    Where subjects are named (section 6.3), each part takes its own; where they are named for one
-    part only, the other takes the other subjects. Adding a language or a process changes neither
-    part. Raises InputError for a subject that is not there and if there are too few questions.
-    """
-
-    def may(question: Question, subjects: Collection[str], of_others: Collection[str]) -> bool:
-        return question.subject in subjects if subjects else question.subject not in of_others
-
-    order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
-    there = sorted({q.subject for q in questions})
-    for subject in (*train_subjects, *test_subjects):
-        if subject not in there:
-            some = ", ".join(there[:60]) + ", ..." * (len(there) > 60)
-            raise InputError(f"there is no subject {subject!r}; there are {some}")
-    pool = [q for q in order if may(q, train_subjects, test_subjects)]
-    chosen = pool[:train]
-    taken = {q.id for q in chosen}
-    rest = [q for q in order if q.id not in taken and may(q, test_subjects, train_subjects)]
-    asked = {"training": (train, len(pool)), "held-out": (test, len(rest))}
-    if any(not 0 <= (number or 0) <= most for number, most in asked.values()):
-        wanted = " and ".join(f"{'all' if n is None else n} {x}" for x, (n, _) in asked.items())
-        raise InputError(
-            f"{wanted} questions asked for, but there are {len(pool)} to train on and then "
-            f"{len(rest)} others"
-        )
-    for subject in test_subjects:
-        if not any(q.subject == subject for q in rest[:test]):
-            why = "all are trained on, or --test_questions is too small"
-            raise InputError(f"no question of {subject!r} is left to report on: {why}")
-    return chosen, rest[:test]
-
-
-def sample(question: Question, candidates: int, number: int, seed: int) -> list[int]:
-    """The `number`-th draw of so many candidates, or all there are, by seed and id alone."""
-    rng = random.Random(f"{seed}/{question.id}/{number}")
-    return rng.sample(range(question.K), min(candidates, question.K))
-
-
-# ------------------------------------------------------------------------------------------- tokens
-
-
-class Tree(NamedTuple):
-    """A question in one language as token ids: prefix + branches[k] is the prompt with answer k."""
-
-    prefix: list[int]  # what all answers share, never empty
-    branches: list[list[int]]
-    lead: int = 0  # how many ids at the start of a branch are still the prompt's, and score nothing
-
-    def tokens(self, packed: bool = True) -> int:
-        """How many tokens dco.completion_logps feeds for it."""
-        own = sum(len(branch) - 1 for branch in self.branches)
-        return own + len(self.prefix) * (1 if packed else len(self.branches))
-
-
-def encode(
-    tokenizer: "PreTrainedTokenizerBase",
-    questions: list[Question],
-    langs: list[str],
-    context: int | None = None,
-    whole: bool = False,
-) -> list[list[Tree]]:
-    """Trees, [question][language], split into prompt and answer as lm-evaluation-harness does.
-
-    Spaces that end the prompt go to the answer. encode(prompt + answer) is what is fed; what lies
-    beyond the length of encode(prompt) is scored, and never less than a token. Where answers change
-    how the prompt's end is tokenised, they share only their common beginning, and the score stays
-    exact. `whole` scores the prompt too. Raises InputError for a text longer than `context` tokens
-    or without a token to predict the answer from.
-    """
-    some = 256
-    if len(questions) > some:  # a tokenizer's own lists are ten times what is kept
-        parts = (questions[first : first + some] for first in range(0, len(questions), some))
-        return [row for part in parts for row in encode(tokenizer, part, langs, context, whole)]
-    bos = tokenizer.bos_token_id
-    bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-    texts, asked = [], []
-    for question, lang in product(questions, langs):
-        prompt = question.prompts[lang].rstrip()
-        spaces = question.prompts[lang][len(prompt) :]
-        answers = [spaces + answer for answer in question.answers[lang]]
-        blanks = sorted({"", *(answer[: -len(answer.lstrip())] for answer in answers)})
-        texts += [prompt + more for more in (*blanks, *answers)]
-        asked.append((f"question {question.id!r}, {lang!r}", len(blanks), len(answers)))
-    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    trees = []
-    for where, blanks, K in asked:
-        empty = [bos + next(ids) for _ in range(blanks)]  # the prompt, also with spaces after it
-        prompt, texts = empty[0], [bos + next(ids) for _ in range(K)]
-        if dropped := [k for k, text in enumerate(texts) if text in empty]:
-            lost = "has no token of its own: the tokenizer drops its characters"
-            raise InputError(f"{where}: answer {dropped[0]} {lost}")
-        start = 1 if whole else min(len(prompt), *(len(text) - 1 for text in texts))
-        if start < 1:
-            lost = "no token stands before the answer to predict it"
-            raise InputError(f"{where}: {lost}; make the prompt longer")
-        if context and (longest := max(map(len, texts))) > context:
-            limit = f"the model's context is {context}; leave the question out"
-            raise InputError(f"{where}: {longest} tokens, but {limit}")
-        shared = next((i for i in range(start) if len({text[i] for text in texts}) > 1), start)
-        if not shared:
-            lost = "the answers change the prompt's first token"
-            raise InputError(f"{where}: {lost}; make the prompt longer")
-        branches = [text[shared:] for text in texts]
-        trees.append(Tree(texts[0][:shared], branches, start - shared))
-    return [trees[q : q + len(langs)] for q in range(0, len(trees), len(langs))]
-
-
-def batches(trees: list[Tree], max_tokens: int, packed: bool = True) -> list[list[int]]:
-    """Indices of trees, longest first, in groups that feed at most `max_tokens` or are one tree."""
-    groups, room = [], 0
-    for i in sorted(range(len(trees)), key=lambda i: -trees[i].tokens(packed)):
-        if (size := trees[i].tokens(packed)) > room:
-            groups.append([])
-            room = max_tokens
-        groups[-1].append(i)
-        room -= size
-    return groups

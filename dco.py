@@ -160,7 +160,7 @@ def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = Tr
     *tensors, (T, K) = batch
     token, depth, segment, prefix, *where = (x.to(weight.device) for x in tensors)
     mask = (segment >= 0).long()
-    if packed:
+    if packed:  # a token sees its own segment and its tree's prefix, no deeper than itself
         above = depth[:, None, :] <= depth[:, :, None]  # (R, C, C): query, key
         own, shared = (segment[:, None, :] == x[:, :, None] for x in (segment, prefix))
         mask = attention_masks(config, above & (own | shared), depth, weight.dtype)
@@ -186,7 +186,7 @@ def pack(trees: Sequence, hidden_size: int, packed: bool = True) -> Pack:
     units = [(tree, list(enumerate(tree.branches, t * K))) for t, tree in enumerate(trees)]
     if not packed:
         units = [(tree, [answer]) for tree, answers in units for answer in answers]
-    tokens, scored, sizes = [], [], []
+    tokens, scored, sizes = [], [], []  # (token, depth, segment, prefix), (parent, target, slot)
     for tree, answers in units:
         root, n = len(tokens), len(tree.prefix)  # a segment is named by its first token's number
         tokens += [(token, depth, root, root) for depth, token in enumerate(tree.prefix)]
@@ -213,8 +213,7 @@ def pack(trees: Sequence, hidden_size: int, packed: bool = True) -> Pack:
         out = torch.full((len(length), int(length.max())), fill)
         return out.index_put_((row, column), values)
 
-    names = zip((token, depth, segment, prefix), (0, 0, -1, -1))
-    grids = [grid(values, fill) for values, fill in names]
+    grids = map(grid, (token, depth, segment, prefix), (0, 0, -1, -1))
     return Pack(*grids, keep, row[parent], place, target, slot, (len(trees), K))
 
 

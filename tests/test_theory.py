@@ -222,7 +222,7 @@ def test_contradiction_is_the_nats_by_which_two_languages_disagree():
 
 
 @given(seeds, positive)
-def test_gradcheck_of_each_loss_away_from_the_kink(seed, beta):
+def test_each_loss_has_the_gradient_of_its_differences_away_from_the_kink(seed, beta):
     logps, ref, r = (table(seed + k, 2, 4).requires_grad_(k == 0) for k in range(3))
     residual = (beta * (logps - ref) - r).detach()
     gaps = (residual[..., :, None] - residual[..., None, :]).abs() + torch.eye(4)
