@@ -20,9 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -111,17 +108,14 @@ def main() -> None:
             running = launch(arguments.processes, out, arguments.settings, output)
             launches += 1
         assert running.wait() == 0, f"status {running.returncode}: {output.name}"
-    ours, theirs = (load_file(path / "model.safetensors") for path in (out, alone))
-    same = ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-    logs = (out / "log.jsonl").read_text() == (alone / "log.jsonl").read_text()
-    scores = (out / "answers.jsonl").read_text() == (alone / "answers.jsonl").read_text()
+    files = "model.safetensors", "log.jsonl", "answers.jsonl"
+    differ = [name for name in files if (out / name).read_bytes() != (alone / name).read_bytes()]
     where = ", ".join(f"{count} in {name}" for name, count in at.items())
     print(
-        f"{arguments.processes} process(es), {kills} kills ({where}), {launches} launches: "
-        f"model {'bit for bit the same' if same else 'DIFFERS'}, "
-        f"log {'the same' if logs else 'DIFFERS'}, scores {'the same' if scores else 'DIFFER'}"
+        f"{arguments.processes} process(es), {kills} kills ({where}), {launches} launches: model, "
+        f"log and scores: {' and '.join(differ) + ' DIFFER' if differ else 'bit for bit the same'}"
     )
-    sys.exit(0 if same and logs and scores and kills >= arguments.kills else 1)
+    sys.exit(0 if not differ and kills >= arguments.kills else 1)
 
 
 if __name__ == "__main__":
