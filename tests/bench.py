@@ -113,7 +113,7 @@ def prepare(arguments, shape: str):
 def begin(work, *given, world: int = 1):
     """Run work(pipe, *given) in so many new processes; the other end of the pipe.
 
-    A process that fails says why on stderr; then recv() raises EOFError at this end.
+    One that fails says why on stderr; then recv() raises EOFError at this end.
     """
     spawn = multiprocessing.get_context("spawn")  # they share nothing of this process's memory
     ours, theirs = spawn.Pipe()
@@ -543,4 +543,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EOFError:
+        sys.exit("a process has ended early; above it says why, unless it was killed")
