@@ -194,7 +194,8 @@ def load(spec: str, langs: list[str], say: Say = print) -> list[Question]:
     """
     kind, _, place = spec.partition(":")
     if kind not in LOADERS:
-        raise InputError(f"--data {spec}: unknown kind {kind!r}; there are {', '.join(LOADERS)}")
+        there = f"say what it is: one of {', '.join(LOADERS)}, as in bmlama:DIR"
+        raise InputError(f"--data {spec}: unknown kind {kind!r}; {there}")
     if kind != "atlas" and not place:
         raise InputError(f"--data {spec}: say where it lies, as in {kind}:PATH")
     if not langs or len(set(langs)) < len(langs):
@@ -589,7 +590,7 @@ def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def load_jsonl(place: str, langs: list[str], say: Say) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
-    path, lines = Path(place), {}
+    path, lines, glued = Path(place), {}, 0
     same = lru_cache(2**16)(str)  # of the last 65,536 answers, those that are equal are kept once
     wanted = {"id": str | int, "subject": str, "gold": int | None, "prompts": dict, "answers": dict}
     for number, (where, fields) in enumerate(json_lines(path), 1):
@@ -613,7 +614,14 @@ def load_jsonl(place: str, langs: list[str], say: Say) -> Loaded:
             raise InputError(f"{where}: id {id!r} stands at {path}, line {first} already")
         prompts = {lang: prompts[lang] for lang in langs}
         answers = {lang: tuple(map(same, answers[lang])) for lang in langs}
+        meets = [prompts[lang][-1:] + "".join(answers[lang][:1])[:1] for lang in langs]
+        glued += any(re.fullmatch("[A-Za-z]{2}", pair) for pair in meets)
         yield where, Question(id, same(given["subject"]), given["gold"], prompts, answers)
+    if glued:
+        say(
+            f"{place}: in {glued} questions a word of the prompt runs into the answer, which is "
+            "appended as it is written: begin it with a space?"
+        )
 
 
 LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu, "xcsqa": load_xcsqa}

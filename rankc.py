@@ -23,11 +23,15 @@ from itertools import combinations, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+try:
+    import torch
+    import torch.distributed as dist
+    from safetensors import SafetensorError
+    from torch import Tensor, nn
+    from torch.distributed.fsdp import FSDPModule
+except ImportError as error:  # no environment, or an old one
+    needed = "torch 2.6 and transformers 5 or newer, which `pip install -e .` in this folder brings"
+    raise SystemExit(f"error: {error}; needed are {needed}") from None
 
 import data
 import dco
@@ -209,8 +213,8 @@ def report(
             nats = ["" if x is None else f"{x:.2f}" for x in row["entropy"].values()]
             lines.append([name, *map(percent, shares), *nats])
         texts.append(
-            f"\n{split}, {len(questions)} questions: CLC, agreement of the best answers, "
-            "accuracy, answers changed (Δ), per cent; entropy H, nats"
+            f"\n{split}, {len(questions)} questions: CLC, top-1 agreement, accuracy, Δ (answers "
+            "changed), per cent; H (entropy), nats"
         )
         if L > 6:  # too wide: the languages' columns become rows below
             texts += [*columns([line[:3] + line[-2:] for line in lines]), "by language"]
@@ -219,6 +223,11 @@ def report(
             for i, lang in enumerate(langs, 3):
                 lines.append([lang, *(row[i] for row in right), *(row[i + L] for row in moving)])
         texts += columns(lines)
+        right = [rows[name]["accuracy"] for name in ("base", "optimum") if name in rows]
+        low = [lang for lang in langs if (right[-1][lang] or 0) < (right[0][lang] or 0)]
+        if low and "trained" not in rows:
+            below = f"optimum, where DCO would end, is below base in {' '.join(low)}"
+            texts.append(f"{below}: trust more, as by --trust {low[0]}=2")
         if L > 2:
             texts += ["CLC of each pair; above the diagonal its change, once there is one"]
             texts += columns(pairs(rows, langs))
@@ -370,6 +379,7 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        print(f"{path} is left out; to draw it: pip install -e '.[plot]'", flush=True)
         return False
     old, new = (100 * torch.tensor(row["clc_matrix"]) for row in (before, after or before))
     change, L = new - old, len(langs)
@@ -429,6 +439,8 @@ class EvalConfig:
             for name in names & vars(self).keys():
                 if not holds(getattr(self, name)):
                     raise InputError(f"--{name} {getattr(self, name)}: must {words}")
+        if any("," in lang for lang in self.langs):
+            raise InputError(f"--langs {' '.join(self.langs)}: separate them by spaces, as en es")
 
     model: str = option("", "folder, or hub name, of a causal language model")
     data: str = option(
@@ -437,9 +449,11 @@ class EvalConfig:
         "hub's ORG/NAME in place of DIR",
     )
     langs: list[str] = option(["en", "fr", "es", "sw"], "languages, by the codes of the data set")
-    out: str = option("", "folder for what is written; must be new or empty")
+    out: str = option("", "new or empty folder for what is written; train.py: runs/1, runs/2, ...")
     beta: float = option(1.0, "strength of the KL term (Eq. 1); of dpo and calm 0.1")
-    trust: list[str] = option([], "LANG=WEIGHT where it is not 1; the more trusted moves less")
+    trust: list[str] = option(
+        [], "LANG=WEIGHT where it is not 1; a language trusted more moves less"
+    )
     gamma: list[str] = option(
         [],
         "instead of trust: gamma_1 gamma_2 (Eq. 6) for two languages, or a JSON matrix of gamma_ij "
@@ -464,12 +478,12 @@ class EvalConfig:
     device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     score: str = option(
         "sum",
-        "rank by log pi(y|x), by its mean over the answer's tokens, or by the mean over prompt and "
-        "answer; training always uses the sum",
+        "rank by the sum of the answer's log-probs, their mean, or (string) the mean over prompt "
+        "and answer; training always uses the sum",
         choices=["sum", "mean", "string"],
     )
     trust_remote_code: bool = option(False, "run code that comes with the model")
-    timeout: float = option(60.0, "minutes without a word from another process before giving up")
+    timeout: float = option(60.0, "minutes to wait for another process before giving up")
 
 
 def parse(config_class: type, prog: str, defaults: Callable[..., dict] = lambda config: {}) -> Any:
@@ -479,7 +493,7 @@ def parse(config_class: type, prog: str, defaults: Callable[..., dict] = lambda 
     parser = HfArgumentParser(config_class, prog=prog, description=config_class.__doc__)
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
-        parser.error(f"no such setting: {' '.join(unknown)}; --help lists them")
+        raise InputError(f"no such setting: {' '.join(unknown)}; --help lists them")
     parser.set_defaults(**defaults(config))
     return parser.parse_args_into_dataclasses()[0]
 
@@ -491,12 +505,12 @@ def gamma_matrix(config: EvalConfig, say: Callable = print) -> Tensor:
         raise InputError("--trust and --gamma say the same thing twice: give one")
     for item in config.trust:
         lang, _, weight = item.partition("=")
-        if lang not in langs:
+        if lang not in langs and weight:
             raise InputError(f"--trust {item}: {lang!r} is not among --langs {' '.join(langs)}")
         try:
             weights[lang] = float(weight)
         except ValueError:
-            raise InputError(f"--trust {item}: write LANG=NUMBER") from None
+            raise InputError(f"--trust {item}: write LANG=NUMBER, as in en=2") from None
         if not 0 < weights[lang] < math.inf:
             raise InputError(f"--trust {item}: must be positive")
     if not config.gamma:
@@ -526,7 +540,8 @@ def read(config: EvalConfig, say: Callable = print) -> Splits:
     train, test_subjects = config.train_questions, config.test_subjects
     if train is None and not config.train_subjects:
         if kind not in data.TRAIN_QUESTIONS:
-            raise InputError(f"--train_questions: how many of {len(questions)} to train on?")
+            rest = "the others are held out"
+            raise InputError(f"--train_questions: how many of {len(questions)} to train on? {rest}")
         train = data.TRAIN_QUESTIONS[kind]
         if test_subjects:
             train = min(train, sum(q.subject not in test_subjects for q in questions))
@@ -561,7 +576,7 @@ def start(device: str, timeout: float = 60.0) -> tuple[torch.device, Callable]:
     if device == "auto":
         device = next(name for name, there in here.items() if there)
     if not here[device]:
-        raise InputError(f"--device {device}: this torch sees none; use auto or cpu")
+        raise InputError(f"--device {device}: this torch sees no such device; use auto or cpu")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     disable_progress_bar()  # transformers' own: one bar at a time
@@ -600,10 +615,11 @@ def leave_with(parent: int) -> None:
 
 
 class Halt(Exception):
-    """The end of a run that is not whole, on every process: why, and the exit status."""
+    """The end of a run that is not whole, on every process: why, the exit status, and whether the
+    same command could go on."""
 
-    def __init__(self, why: str, status: int = 1):
-        super().__init__(why, status)  # both, so that it can be sent to another process
+    def __init__(self, why: str, status: int = 1, resume: bool = True):
+        super().__init__(why, status, resume)  # all, so that it can be sent to another process
 
     def __str__(self) -> str:
         return self.args[0]
@@ -665,22 +681,22 @@ def run(main: Callable, hint: str = "") -> None:
         status = 2
         tell(f"error: {error}", everyone=False)
     except Halt as error:
-        status = error.args[1]
-        tell(f"{error}{hint}", everyone=False)
-    except torch.OutOfMemoryError as error:
-        tell(
-            f"error: out of GPU memory. Lower --max_tokens, or take --gradient_checkpointing, "
-            f"--shard over more GPUs, or --dtype bfloat16{hint}. {error}"
-        )
+        _, status, resume = error.args
+        tell(f"{error}{hint * resume}", everyone=False)
     except OSError as error:
         tell(f"error: {error}{hint}")
-    except RuntimeError as error:  # gloo has no class of its own; NCCL's is DistError
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+    except RuntimeError as error:  # gloo and the CPU's allocator have no classes of their own
+        first = str(error).partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
+            less = "Lower --max_tokens, take --gradient_checkpointing, or --shard over more GPUs"
+            tell(
+                f"error: out of memory. {less}{hint}; or begin anew with --dtype bfloat16. {first}"
+            )
+        elif isinstance(error, dist.DistError) or "gloo" in first:
+            lost = "lost the other processes, of which one ended, or the network failed"
+            tell(f"error: {lost}{hint}. {first}")
+        else:
             raise
-        tell(
-            f"error: lost the other processes, of which one ended, or the network failed{hint}. "
-            f"{str(error).splitlines()[0]}"
-        )
     finally:
         gc.collect()  # what still holds the group, as DDP may, goes before it
         if dist.is_initialized() and (status == 0 or dist.get_backend() == "gloo"):
@@ -718,11 +734,17 @@ def load_model(
         *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
         SafetensorError,
     ) as error:  # what transformers lets through of a damaged folder
-        raise InputError(
-            f"--model {name}: no causal language model can be loaded from it; give a folder with "
-            "safetensors that save_pretrained wrote, or a hub name where there is network. "
-            f"{error!r}"
-        ) from error
+        place, why = Path(name), "give a folder that save_pretrained wrote, with safetensors"
+        if place.is_file():
+            why = "it is a file; give the folder it lies in (GGUF is not read)"
+        elif not place.is_dir():
+            why = f"{place.absolute()} is no folder, and the hub does not give it; name a folder, "
+            why += "or a hub name where there is network"
+        elif not [*place.glob("*.safetensors")]:
+            why = "it holds no .safetensors file; a .bin file may run code: "
+            why += "where you trust it, convert it by save_pretrained"
+        wrong = f"--model {name}: no causal language model can be loaded from it: {why}"
+        raise InputError(f"{wrong}. {error!r}") from error
     return model.to(device), tokenizer
 
 
@@ -830,7 +852,8 @@ def score(
         names = ", ".join(repr(ids[q] if ids else q) for q in where[:5])
         raise Halt(
             f"error: {desc}: log-probs are NaN or infinite in {len(where)} of {len(trees)} "
-            f"questions: {names}; the model is broken, or overflows in {config.dtype}"
+            f"questions: {names}; the model is broken, or overflows in {config.dtype}",
+            resume=False,
         )
     if config.score != "sum":
         scored = [[len(b) - tree.lead for b in tree.branches] for tree in flat]
@@ -859,7 +882,7 @@ def main() -> None:
         print(compare(config.compare, config.markdown))
         return
     if not config.model:
-        raise InputError("which model? give --model FOLDER")
+        raise InputError("give --model FOLDER, to judge it, or --compare RUN ..., to compare runs")
     device, say = start(config.device, config.timeout)
     gamma = gamma_matrix(config, say)
     out = new_folder(config.out) if config.out else None

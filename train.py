@@ -25,19 +25,23 @@ from itertools import count, islice, permutations, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
-import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase, get_scheduler
+try:
+    import torch
+    import torch.distributed as dist
+    import transformers
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+    from torch import Tensor, nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedTokenizerBase, get_scheduler
+except ImportError as error:  # no environment, or an old one
+    needed = "torch 2.6 and transformers 5 or newer, which `pip install -e .` in this folder brings"
+    raise SystemExit(f"error: {error}; needed are {needed}") from None
 
 import data
 import dco
@@ -76,10 +80,12 @@ class Config(rankc.EvalConfig):
     batch_questions: int = option(4, "questions in an optimizer step, over all processes")
     pairs_per_question: int = option(1, "draws from each question (App. H: 7 of X-CSQA)")
     candidates: int = option(2, "candidates in a draw; a question with fewer gives all it has")
-    seed: int = option(0, "seed of draws, of their order and of the embedded model")
+    seed: int = option(0, "seed of the draws, of their order and of the tiny model")
     grad_clip: float = option(1.0, "largest gradient norm; 0 for none")
-    gradient_checkpointing: bool = option(False, "compute activations twice and keep few of them")
-    shard: bool = option(False, "FSDP2: share weights, gradients and moments over the processes")
+    gradient_checkpointing: bool = option(
+        False, "less memory, more time: compute activations twice"
+    )
+    shard: bool = option(False, "FSDP2: split weights, gradients and moments over processes")
     save_every: int = option(250, "steps between checkpoints, the last two of which stay; 0: none")
     resume: bool = option(
         False,
@@ -124,7 +130,7 @@ def check_settings(config: Config) -> None:
     idle += ["pairs_per_question"] * (method in ("sft", "calm")) + ["beta"] * (method == "sft")
     for name in idle:
         if getattr(config, name) != getattr(Config(), name):
-            raise InputError(f"--{name}: --method {method} has no use of it")
+            raise InputError(f"--{name}: --method {method} has no use of it; leave it out")
     if not config.model and config.data != "atlas":
         raise InputError(f"--data {config.data} needs --model: without, there is atlas only")
 
@@ -269,7 +275,7 @@ def optimise(
         *each, sigterm, sigint, norm = torch.cat([told, norm.view(1)]).tolist()  # one wait for GPUs
         losses = torch.tensor(each).view(losses.shape)
         if not (losses.isfinite().all() and math.isfinite(norm)):
-            raise Halt(diverged(step, items, losses))
+            raise diverged(step, items, losses)
         rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -339,15 +345,13 @@ def micro_batches(
     return shares
 
 
-def diverged(step: int, items: list[Item], losses: Tensor) -> str:
-    """What to tell of a step that cannot be taken; losses: (B, L)."""
+def diverged(step: int, items: list[Item], losses: Tensor) -> Halt:
+    """The end of a run at a step that cannot be taken; losses: (B, L)."""
     bad = [item for item, row in zip(items, losses, strict=True) if not row.isfinite().all()]
     ids = ", ".join(dict.fromkeys(repr(item.id) for item in bad or items))
     where = f"the loss of question {ids}" if bad else f"the gradient of questions {ids}"
-    return (
-        f"error: step {step}: {where} is NaN or infinite; the step was not taken, and the "
-        "checkpoints before it stay. Try a lower --lr, or --dtype float32"
-    )
+    found = f"error: step {step}: {where} is NaN or infinite, and the step was not taken"
+    return Halt(f"{found}. Begin anew, in another --out, with a lower --lr", resume=False)
 
 
 def watch(logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, config: Config) -> dict:
@@ -800,6 +804,8 @@ def describe(
         fewer = sum(question.K < config.candidates for question in splits["train"])
         method += f", {config.objective}, {config.candidates} candidates each"
         method += f" ({fewer} questions have fewer)" * (fewer > 0)
+        trust = f"trust {' '.join(config.trust) or 'equal'}"
+        method += f", gamma {' '.join(config.gamma)}" if config.gamma else f", {trust}"
     weight = next(model.parameters())
     mixed = ", bfloat16 autocast" * (weight.is_cuda and config.dtype == "float32")
     where = f"{dist.get_world_size()} x {weight.device.type}{', sharded' * config.shard}"
@@ -865,6 +871,7 @@ def main() -> None:
             f"training questions lack, {unlabelled[0]!r} first; dco and calm do without"
         )
 
+    say(f"loading {config.model or 'the embedded model'}; what is written goes to {out}")
     with stage("load"):
         if config.model:
             model, tokenizer = rankc.load_model(config, "cpu" if config.shard else device)
