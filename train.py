@@ -80,7 +80,7 @@ class Config(rankc.EvalConfig):
     batch_questions: int = option(4, "questions in an optimizer step, over all processes")
     pairs_per_question: int = option(1, "draws from each question (App. H: 7 of X-CSQA)")
     candidates: int = option(2, "candidates in a draw; a question with fewer gives all it has")
-    seed: int = option(0, "seed of the draws, of their order and of the tiny model")
+    seed: int = option(0, "seed of the draws, their order and the embedded model")
     grad_clip: float = option(1.0, "largest gradient norm; 0 for none")
     gradient_checkpointing: bool = option(
         False, "less memory, more time: compute activations twice"

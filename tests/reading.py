@@ -21,6 +21,11 @@ import train
 from conftest import ROOT, tiny_llama, tiny_tokenizer
 
 MODULES = ("dco", "rankc", "data", "train")
+FIRST = {  # the sections to read first; of dco.py all
+    "rankc": ("opening", "the measures"),
+    "data": ("opening", "split and sampling (App. H)", "tokens"),
+    "train": ("opening", "the step"),
+}
 
 
 class Size(NamedTuple):
@@ -56,6 +61,15 @@ def sections(path: Path) -> dict[str, int]:
         name = line.rpartition("- ")[2] if line.startswith("# ----") else name
         found[name] += 1
     return dict(found)
+
+
+def evening() -> dict[str, int]:
+    """Lines of each module's sections to read first."""
+    found = {}
+    for name in MODULES:
+        parts = sections(ROOT / f"{name}.py")
+        found[name] = sum(parts[part] for part in FIRST.get(name, parts))
+    return found
 
 
 def questions(folder: Path) -> None:
@@ -123,6 +137,8 @@ def report() -> str:
         size = Size.of(path)
         lines.append(f"{path.name}: {size.lines} lines, {size.code} of code, {size.words} of words")
         lines += [f"    {n:4} {section}" for section, n in sections(path).items()]
+    parts = " + ".join(f"{n} of {name}.py" for name, n in evening().items())
+    lines.append(f"an evening's reading: {sum(evening().values())} lines, {parts}")
     for stretch, functions in executed().items():
         files, total = {file for file, _ in functions}, sum(functions.values())
         lines.append(f"{stretch}: {total} lines, {len(functions)} functions, {len(files)} files")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import rankc
 import reading
 import theory.__main__
@@ -112,12 +113,14 @@ def test_each_test_and_file_that_the_readme_names_is_there():
 def test_the_counts_in_the_readme_are_those_of_reading_py():
     stretches = {name: sum(lines.values()) for name, lines in reading.executed().items()}
     micro_batch, packing, command = stretches.values()
-    text = " ".join(README.split())
+    text, first = " ".join(README.split()), reading.evening()
+    assert f"The lines named first are {sum(first.values())}" in text
     assert f"a reader crosses {micro_batch} lines in 3 places" in text
     assert f"{packing} more to deal and pack it, and {command} from the command line" in text
     for name in reading.MODULES:
         size = reading.Size.of(ROOT / f"{name}.py").lines
-        assert re.search(rf"^\| `{name}.py` \| (\d+ of )?{size} \|", README, re.M), (name, size)
+        number = f"{first[name]} of {size}" if first[name] < size else f"{size}"
+        assert f"| `{name}.py` | {number} |" in README, (name, number)
 
 
 def test_public_functions_say_what_they_take_and_give():
@@ -131,11 +134,19 @@ def test_public_functions_say_what_they_take_and_give():
             assert inspect.Signature.empty not in kinds, name
 
 
+def test_the_line_of_data_that_the_readme_shows_is_a_question(tmp_path):
+    (shown,) = re.findall(r'^ *(\{"id".*\n.*\}\})$', README, re.M)
+    (tmp_path / "own.jsonl").write_text(shown.replace("\n", " "))
+    said = []
+    (question,) = data.load(f"jsonl:{tmp_path / 'own.jsonl'}", ["en", "es"], said.append)
+    assert question.answers["es"][question.gold] == " Lima" and not said
+
+
 # -------------------------------------------------------------------------------- what it runs
 
 SMALL = ["--train_questions", "3", "--test_questions", "2", "--device", "cpu"]
 ELSEWHERE = {  # where it is run, or why not here
-    "torchrun train.py": "test_the_default_run_makes_the_embedded_model_consistent",
+    "python train.py": "test_the_default_run_makes_the_embedded_model_consistent",
     "python -m pytest": "this is it",
     "python tests/reading.py": "test_the_counts_in_the_readme_are_those_of_reading_py",
     "python tests/bench.py --scale": "takes minutes; its flag is known to exist",
