@@ -615,7 +615,7 @@ def load_jsonl(place: str, langs: list[str], say: Say) -> Loaded:
         prompts = {lang: prompts[lang] for lang in langs}
         answers = {lang: tuple(map(same, answers[lang])) for lang in langs}
         meets = [prompts[lang][-1:] + "".join(answers[lang][:1])[:1] for lang in langs]
-        glued += any(re.fullmatch("[A-Za-z]{2}", pair) for pair in meets)
+        glued += any(pair.isascii() and pair.isalpha() for pair in meets)
         yield where, Question(id, same(given["subject"]), given["gold"], prompts, answers)
     if glued:
         say(

@@ -358,7 +358,8 @@ def training(pipe, arguments, shape: str) -> None:
     """
     if arguments.memory:
         rankc.reuse_memory = lambda: None  # what is freed is to be seen as such
-    device, rank, world = rankc.start(arguments.device)
+    device, _ = rankc.start(arguments.device)
+    rank, world = dist.get_rank(), dist.get_world_size()
     model, _, items, config = prepare(arguments, shape)
     parameters, size = sum(w.numel() for w in model.parameters()), shape_of(model)
     each, before, fed = next(model.parameters()).element_size(), 0, []  # each: bytes of a weight
