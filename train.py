@@ -896,13 +896,12 @@ def main() -> None:
     say(describe(model, tokenizer, splits, trees, config))
 
     def judge(desc, asked, place="", config=config):
-        def nats(name):
+        found = {}
+        for name, rows in asked.items():
             ids = [question.id for question in splits[name]]
-            return {"nats": rankc.score(model, asked[name], config, f"{desc} {name}", packed, ids)}
-
-        return {
-            name: kept.keep(f"{place}{desc}-{name}", partial(nats, name))["nats"] for name in asked
-        }
+            nats = partial(rankc.score, model, rows, config, f"{desc} {name}", packed, ids)
+            found[name] = kept.keep(f"{place}{desc}-{name}", lambda: {"nats": nats()})["nats"]
+        return found
 
     with stage("reference"):
         base = sums = judge("reference", asked)
