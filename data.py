@@ -374,7 +374,7 @@ def load_bmlama(place: str, langs: list[str], say: Say) -> Loaded:
         same = set.intersection(*golds.values())
         if not same and len({len(a) for a in answers.values()}) == 1:
             others = [at for at, lang in zip(aligned, langs) if not golds[lang] & golds[first]]
-            where = (others or aligned)[-1][0]
+            where = (others or aligned[-1:])[0][0]
             not_so = f"the answer is another candidate than in {first}: they are not parallel"
             raise InputError(f"{where}: {not_so}")
         question = Question(str(line), aligned[0][1][3], min(same, default=None), prompts, answers)
@@ -478,9 +478,9 @@ def load_mmmlu(place: str, langs: list[str], say: Say) -> Loaded:
             tables[lang] = unique(found)
             sizes[lang] = Counter(row.subject for _, row in found)
             for subject in sizes[lang].keys() & sizes[langs[0]].keys():
-                n, there = sizes[lang][subject], sizes[langs[0]][subject]
-                if n != there:
-                    counts = f"{subject} has {n} rows in {lang}, {there} in {langs[0]}"
+                n, wanted_n = sizes[lang][subject], sizes[langs[0]][subject]
+                if n != wanted_n:
+                    counts = f"{subject} has {n} rows in {lang}, {wanted_n} in {langs[0]}"
                     raise InputError(f"{place}: {counts}; row n must be one question")
         yield from align(place, tables, say, most=0.5)  # of unrelated rows three in four differ
 
@@ -590,6 +590,10 @@ def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def load_jsonl(place: str, langs: list[str], say: Say) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
+
+    def latin(character: str) -> bool:
+        return character.isascii() and character.isalpha()
+
     path, lines, glued = Path(place), {}, 0
     same = lru_cache(2**16)(str)  # of the last 65,536 answers, those that are equal are kept once
     wanted = {"id": str | int, "subject": str, "gold": int | None, "prompts": dict, "answers": dict}
@@ -614,14 +618,14 @@ def load_jsonl(place: str, langs: list[str], say: Say) -> Loaded:
             raise InputError(f"{where}: id {id!r} stands at {path}, line {first} already")
         prompts = {lang: prompts[lang] for lang in langs}
         answers = {lang: tuple(map(same, answers[lang])) for lang in langs}
-        meets = [prompts[lang][-1:] + "".join(answers[lang][:1])[:1] for lang in langs]
-        glued += any(pair.isascii() and pair.isalpha() for pair in meets)
+        glued += any(
+            latin(prompts[lang][-1:]) and any(latin(answer[:1]) for answer in answers[lang])
+            for lang in langs
+        )
         yield where, Question(id, same(given["subject"]), given["gold"], prompts, answers)
     if glued:
-        say(
-            f"{place}: in {glued} questions a word of the prompt runs into the answer, which is "
-            "appended as it is written: begin it with a space?"
-        )
+        begin = "which is appended as it is written; begin the answer with a space?"
+        say(f"{place}: in {glued} questions a word of the prompt runs into an answer, {begin}")
 
 
 LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu, "xcsqa": load_xcsqa}

@@ -223,11 +223,6 @@ def report(
             for i, lang in enumerate(langs, 3):
                 lines.append([lang, *(row[i] for row in right), *(row[i + L] for row in moving)])
         texts += columns(lines)
-        right = [rows[name]["accuracy"] for name in ("base", "optimum") if name in rows]
-        low = [lang for lang in langs if (right[-1][lang] or 0) < (right[0][lang] or 0)]
-        if low and "trained" not in rows:
-            below = f"optimum, where DCO would end, is below base in {' '.join(low)}"
-            texts.append(f"{below}: trust more, as by --trust {low[0]}=2")
         if L > 2:
             texts += ["CLC of each pair; above the diagonal its change, once there is one"]
             texts += columns(pairs(rows, langs))
@@ -379,7 +374,6 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"{path} is left out; to draw it: pip install -e '.[plot]'", flush=True)
         return False
     old, new = (100 * torch.tensor(row["clc_matrix"]) for row in (before, after or before))
     change, L = new - old, len(langs)
@@ -434,14 +428,6 @@ LIMITS = {  # what the numbers among the settings must do
 class EvalConfig:
     """What judging and training have in common. Raises InputError for a number out of LIMITS."""
 
-    def __post_init__(self) -> None:
-        for words, (holds, names) in LIMITS.items():
-            for name in names & vars(self).keys():
-                if not holds(getattr(self, name)):
-                    raise InputError(f"--{name} {getattr(self, name)}: must {words}")
-        if any("," in lang for lang in self.langs):
-            raise InputError(f"--langs {' '.join(self.langs)}: separate them by spaces, as en es")
-
     model: str = option("", "folder, or hub name, of a causal language model")
     data: str = option(
         "atlas",
@@ -450,7 +436,7 @@ class EvalConfig:
     )
     langs: list[str] = option(["en", "fr", "es", "sw"], "languages, by the codes of the data set")
     out: str = option("", "new or empty folder for what is written; train.py: runs/1, runs/2, ...")
-    beta: float = option(1.0, "strength of the KL term (Eq. 1); of dpo and calm 0.1")
+    beta: float = option(1.0, "strength of the KL term (Eq. 1); train.py: 0.1 for dpo and calm")
     trust: list[str] = option(
         [], "LANG=WEIGHT where it is not 1; a language trusted more moves less"
     )
@@ -484,6 +470,14 @@ class EvalConfig:
     )
     trust_remote_code: bool = option(False, "run code that comes with the model")
     timeout: float = option(60.0, "minutes to wait for another process before giving up")
+
+    def __post_init__(self) -> None:
+        for words, (holds, names) in LIMITS.items():
+            for name in names & vars(self).keys():
+                if not holds(getattr(self, name)):
+                    raise InputError(f"--{name} {getattr(self, name)}: must {words}")
+        if len(self.langs) == 1 and "," in self.langs[0]:
+            raise InputError(f"--langs {self.langs[0]}: separate them by spaces, as en es")
 
 
 def parse(config_class: type, prog: str, defaults: Callable[..., dict] = lambda config: {}) -> Any:
@@ -615,8 +609,10 @@ def leave_with(parent: int) -> None:
 
 
 class Halt(Exception):
-    """The end of a run that is not whole, on every process: why, the exit status, and whether the
-    same command could go on."""
+    """The end of a run that is not whole, on every process.
+
+    why: the message; status: the exit status; resume: whether the same command could go on.
+    """
 
     def __init__(self, why: str, status: int = 1, resume: bool = True):
         super().__init__(why, status, resume)  # all, so that it can be sent to another process
@@ -688,11 +684,13 @@ def run(main: Callable, hint: str = "") -> None:
     except RuntimeError as error:  # gloo and the CPU's allocator have no classes of their own
         first = str(error).partition("\n")[0]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
-            less = "Lower --max_tokens, take --gradient_checkpointing, or --shard over more GPUs"
+            less = "Lower --max_tokens"
+            if hint:  # of train.py
+                less += ", take --gradient_checkpointing, or --shard over more GPUs"
             tell(
                 f"error: out of memory. {less}{hint}; or begin anew with --dtype bfloat16. {first}"
             )
-        elif isinstance(error, dist.DistError) or "gloo" in first:
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
             lost = "lost the other processes, of which one ended, or the network failed"
             tell(f"error: {lost}{hint}. {first}")
         else:
@@ -802,8 +800,9 @@ def progress(
     with tqdm(desc=desc, total=total, initial=first, **look) as bar:
         for done, step in enumerate(steps, first + 1):
             yield step
-            bar.set_postfix(note, refresh=False)
-            bar.update()
+            if not plain:
+                bar.set_postfix(note, refresh=False)
+                bar.update()
             now = time.monotonic()
             if plain and (done == total or now - told > max(5, (now - begun) / 10)):
                 told, rate = now, (done - first) / (now - begun)
@@ -903,7 +902,8 @@ def main() -> None:
         (out / "run.json").write_text(json.dumps(asdict(config), indent=1))
         (out / "metrics.json").write_text(json.dumps({**metrics, "seconds": seconds}, indent=1))
         write_answers(out / "answers.jsonl", splits, {"base": base}, config.langs)
-        draw_clc(out / "clc.png", metrics[list(splits)[-1]]["base"], None, config.langs)
+        if not draw_clc(out / "clc.png", metrics[list(splits)[-1]]["base"], None, config.langs):
+            say("clc.png is left out; to draw it: pip install -e '.[plot]'")
         say(f"\nwrote {out}")
 
 

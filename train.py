@@ -9,7 +9,6 @@ from what it has kept. Leaves out the equations (dco.py) and the measures (rankc
 import fcntl
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -257,7 +256,7 @@ def optimise(
         ref = torch.stack([item.ref for item in items]).to(device)  # (B, L, K)
         r_align = torch.stack([item.r_align for item in items]).to(device)  # (B, L, K)
         logps, losses = torch.full_like(ref, -torch.inf), torch.zeros_like(ref[..., 0])  # (B, L)
-        for (b, i), batch, weight, last in turns(items, config, packed, width):
+        for b, i, batch, weight, last in turns(items, config, packed, width):
             with nullcontext() if last else apart():  # gradients are exchanged once
                 with mixed:
                     got = completion_logps(policy, batch, packed)  # (T, K)
@@ -269,13 +268,13 @@ def optimise(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or torch.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         heard = losses.new_tensor([signal.SIGTERM in signals, signal.SIGINT in signals])
-        told = torch.cat([losses.flatten(), heard])
+        told = torch.cat([losses.flatten(), heard, ~norm.isfinite().view(1)])
         if world > 1:
             dist.all_reduce(told)  # all know each loss, and stop at the same step
-        *each, sigterm, sigint, norm = torch.cat([told, norm.view(1)]).tolist()  # one wait for GPUs
+        *each, sigterm, sigint, broken, norm = torch.cat([told, norm.view(1)]).tolist()  # one wait
         losses = torch.tensor(each).view(losses.shape)
-        if not (losses.isfinite().all() and math.isfinite(norm)):
-            raise diverged(step, items, losses)
+        if broken or not losses.isfinite().all():
+            raise diverged(step, items, losses, config)
         rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -307,12 +306,14 @@ def replicate(model: nn.Module, before: Sequence[list[Item]], packed: bool) -> D
     return policy
 
 
-def turns(items: list[Item], config: Config, packed: bool, width: int) -> Iterator[tuple]:
-    """What this process feeds, a micro-batch a turn: of its T rows the items and the languages,
-    the rows packed, the weight of their terms, and whether it is the last.
+def turns(
+    items: list[Item], config: Config, packed: bool, width: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dco.Pack, float, bool]]:
+    """What this process feeds, a micro-batch a turn.
 
-    Processes wait for each other, so all take as many turns: one that has no more to feed feeds a
-    row that counts nothing.
+    Of its T rows the items b and the languages i, the rows packed, the weight of their terms, and
+    whether it is the last. Processes wait for each other, so all take as many turns: one that has
+    no more to feed feeds a row that counts nothing.
     """
     world = dist.get_world_size()
     shares = micro_batches(items, config, packed, world)
@@ -321,7 +322,7 @@ def turns(items: list[Item], config: Config, packed: bool, width: int) -> Iterat
         rows = mine[n] if n < len(mine) else [(0, items[0].used[0])]
         weight = world / len(items) if n < len(mine) else 0.0
         batch = dco.pack([items[b].trees[i] for b, i in rows], width, packed)
-        yield [*zip(*rows, strict=True)], batch, weight, n == number - 1
+        yield *zip(*rows, strict=True), batch, weight, n == number - 1
 
 
 def micro_batches(
@@ -345,18 +346,21 @@ def micro_batches(
     return shares
 
 
-def diverged(step: int, items: list[Item], losses: Tensor) -> Halt:
+def diverged(step: int, items: list[Item], losses: Tensor, config: Config) -> Halt:
     """The end of a run at a step that cannot be taken; losses: (B, L)."""
     bad = [item for item, row in zip(items, losses, strict=True) if not row.isfinite().all()]
     ids = ", ".join(dict.fromkeys(repr(item.id) for item in bad or items))
     where = f"the loss of question {ids}" if bad else f"the gradient of questions {ids}"
-    found = f"error: step {step}: {where} is NaN or infinite, and the step was not taken"
-    return Halt(f"{found}. Begin anew, in another --out, with a lower --lr", resume=False)
+    found = f"error: step {step}: {where} is NaN or infinite; the step was not taken, and the "
+    instead = "a lower --lr" + " or --dtype float32" * (config.dtype != "float32")
+    return Halt(f"{found}checkpoints before it stay. Begin anew with {instead}", resume=False)
 
 
 def watch(logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, config: Config) -> dict:
-    """What the log shows of a step's (B, L, K) tables and (B, L) losses; margins are of the first
-    two answers."""
+    """What the log shows of a step; margins are of the first two answers.
+
+    logps, ref, r_align: (B, L, K); losses: (B, L), 0 where a language does not train.
+    """
     if dist.get_world_size() > 1:
         dist.all_reduce(logps, op=dist.ReduceOp.MAX)  # -inf but where a process has scored
     logps, ref, r_align = logps.cpu(), ref.cpu(), r_align.cpu()  # else a GPU is asked ten times
@@ -779,7 +783,7 @@ def tell(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        note["loss"] = loss.detach()
+        note["loss"] = float(loss)
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
@@ -812,6 +816,7 @@ def describe(
     size = sum(parameter.numel() for parameter in model.parameters())
     parts = ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items())
     total = count_steps(len(splits["train"]), config)
+    total = f"{'at most ' * (config.method == 'calm')}{total}"
     lines = [
         f"{config.model or 'embedded model'}: {size:,} parameters, all trained, "
         f"{config.dtype}{mixed}, on {where}",
@@ -950,10 +955,12 @@ def main() -> None:
     say(changes(splits[last], base[last], tables["trained"][last], langs) or "  none")
 
     def finish():
+        after = "base", "trained"
         metrics.update({"seconds": seconds, "tokens": {"train": tokens}})
         del tables["optimum"]  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
-        rankc.draw_clc(out / "clc.png", metrics[last]["base"], metrics[last]["trained"], langs)
+        if not rankc.draw_clc(out / "clc.png", *(metrics[last][x] for x in after), langs):
+            say("clc.png is left out; to draw it: pip install -e '.[plot]'")
         put_text(out / "metrics.json", json.dumps(metrics, indent=1))  # last: the run is whole
         remove(kept.folder)
 

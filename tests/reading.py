@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rankc
 import train
 from conftest import ROOT, tiny_llama, tiny_tokenizer
@@ -119,7 +120,8 @@ def executed() -> dict[str, Counter]:
         finally:
             sys.settrace(None)
 
-    def by_function(lines):
+    def by_function(lines: set) -> Counter:
+        assert lines, f"nothing of {ROOT} was run: is another copy installed?"
         return Counter((Path(file).name, name) for file, _, name in lines)
 
     packing = {key for key in seen if key[2] in ("pack", "spread", "turns", "micro_batches")}

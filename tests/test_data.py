@@ -130,11 +130,11 @@ def test_jsonl_reads_the_fields_of_question_and_ignores_others(tmp_path):
 
 
 def test_a_word_of_the_prompt_that_runs_into_the_answer_is_warned_of(tmp_path):
-    glued = {**OWN, "answers": {"en": ["Quito", "Bogotá", "Lima"], "es": OWN["answers"]["es"]}}
+    glued = {**OWN, "answers": {"en": [" Quito", "Bogotá", " Lima"], "es": OWN["answers"]["es"]}}
     japanese = {"id": "8", "prompts": {"en": "ペルーの首都は"}, "answers": {"en": ["リマ", "キト"]}}
     said = []
     data.load(jsonl(tmp_path, glued, japanese), ["en"], said.append)
-    assert len(said) == 1 and "in 1 questions a word of the prompt runs into the answer" in said[0]
+    assert len(said) == 1 and "in 1 questions a word of the prompt runs into an answer" in said[0]
 
 
 # ------------------------------------------------------------------------------- multiple choice
