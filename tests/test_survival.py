@@ -498,6 +498,16 @@ def test_an_infinite_loss_with_a_finite_gradient_is_found_too(world, tmp_path, m
     assert "step 1: the loss of question" in text
 
 
+def test_a_gradient_that_is_no_number_is_found_where_the_losses_are_finite(
+    world, tmp_path, monkeypatch
+):
+    real = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: real(*given) * torch.nan)
+    text = train(world, tmp_path / "out", fails=True)
+    assert "step 1: the gradient of questions '" in text and "with a lower --lr" in text
+    assert "--resume" not in text  # the same command would end the same way
+
+
 def test_a_model_whose_scores_are_no_numbers_is_told_with_the_questions(world, tmp_path):
     shutil.copytree(world / "model", tmp_path / "model")
     broken = weights(world / "model")
