@@ -368,7 +368,10 @@ def training(pipe, arguments, shape: str) -> None:
     if device.type == "cpu":  # what there is beside the weights; then VmHWM begins anew
         before = room("VmRSS") - each * parameters // (world if config.shard else 1)
         Path("/proc/self/clear_refs").write_text("5")
-    note = lambda _, __, given: fed.append((given["input_ids"], given["logits_to_keep"]))  # noqa: E731
+
+    def note(_, __, given):
+        fed.append((given["input_ids"], given["logits_to_keep"]))
+
     model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         times = [step_times(model, items, arguments.repeat, config)]

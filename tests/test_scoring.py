@@ -57,7 +57,10 @@ def tiny(family: str, attention: str, **settings):
 
 def some_trees(seed: int, number: int = 8) -> list[data.Tree]:
     rng = random.Random(seed)
-    ids = lambda low, high: [rng.randrange(100) for _ in range(rng.randint(low, high))]  # noqa: E731
+
+    def ids(low, high):
+        return [rng.randrange(100) for _ in range(rng.randint(low, high))]
+
     return [
         data.Tree(ids(1, 25), [ids(2, 5) for _ in range(rng.randint(2, 6))], rng.randint(0, 1))
         for _ in range(number)
