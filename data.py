@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
 
+NEEDED = "torch 2.6 and transformers 5 or newer, which `pip install -e .` in this folder brings"
+
+
 class InputError(ValueError):
     """Input that cannot be used; the message names the file and line, or the question."""
 
@@ -427,7 +430,9 @@ def align(place: str, tables: dict[str, dict[str, Row]], say: Say, most: float) 
         )
     if differ:
         say(f"{place}: dropped {len(differ)} questions in all languages: their answer keys differ")
-    for i in (i for i in shared if i not in differ):
+    for i in shared:
+        if i in differ:
+            continue
         prompts, answers = {}, {}
         for lang, table in tables.items():
             where, subject, question, options, _ = table[i]
@@ -478,9 +483,9 @@ def load_mmmlu(place: str, langs: list[str], say: Say) -> Loaded:
             tables[lang] = unique(found)
             sizes[lang] = Counter(row.subject for _, row in found)
             for subject in sizes[lang].keys() & sizes[langs[0]].keys():
-                n, wanted_n = sizes[lang][subject], sizes[langs[0]][subject]
-                if n != wanted_n:
-                    counts = f"{subject} has {n} rows in {lang}, {wanted_n} in {langs[0]}"
+                n, first = sizes[lang][subject], sizes[langs[0]][subject]
+                if n != first:
+                    counts = f"{subject} has {n} rows in {lang}, {first} in {langs[0]}"
                     raise InputError(f"{place}: {counts}; row n must be one question")
         yield from align(place, tables, say, most=0.5)  # of unrelated rows three in four differ
 

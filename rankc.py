@@ -30,8 +30,9 @@ try:
     from torch import Tensor, nn
     from torch.distributed.fsdp import FSDPModule
 except ImportError as error:  # no environment, or an old one
-    needed = "torch 2.6 and transformers 5 or newer, which `pip install -e .` in this folder brings"
-    raise SystemExit(f"error: {error}; needed are {needed}") from None
+    from data import NEEDED
+
+    raise SystemExit(f"error: {error}; needed are {NEEDED}") from None
 
 import data
 import dco
@@ -218,10 +219,10 @@ def report(
         )
         if L > 6:  # too wide: the languages' columns become rows below
             texts += [*columns([line[:3] + line[-2:] for line in lines]), "by language"]
-            right, moving = lines[1:], lines[3:]  # of the base and of chance nothing changes
-            lines = [["", *(row[0] for row in right), *(f"Δ {row[0]}" for row in moving)]]
+            known, moving = lines[1:], lines[3:]  # of the base and of chance nothing changes
+            lines = [["", *(row[0] for row in known), *(f"Δ {row[0]}" for row in moving)]]
             for i, lang in enumerate(langs, 3):
-                lines.append([lang, *(row[i] for row in right), *(row[i + L] for row in moving)])
+                lines.append([lang, *(row[i] for row in known), *(row[i + L] for row in moving)])
         texts += columns(lines)
         if L > 2:
             texts += ["CLC of each pair; above the diagonal its change, once there is one"]

@@ -39,8 +39,9 @@ try:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedTokenizerBase, get_scheduler
 except ImportError as error:  # no environment, or an old one
-    needed = "torch 2.6 and transformers 5 or newer, which `pip install -e .` in this folder brings"
-    raise SystemExit(f"error: {error}; needed are {needed}") from None
+    from data import NEEDED
+
+    raise SystemExit(f"error: {error}; needed are {NEEDED}") from None
 
 import data
 import dco

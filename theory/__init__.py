@@ -4,7 +4,7 @@
 reason it holds; its `check(draws, seed)` yields Findings: the claim, then what happens without its
 assumption. A toy model is a table of log-probs (..., L, K), float64: L languages, K answers, every
 sum taken in full. Policies, rewards and losses are those of dco.py: what is proved is what trains.
-Leaves out networks: what one learns beside the table is measured, not proved (README).
+Leaves out networks: what one learns beside the table is measured, not proved.
 """
 
 from typing import NamedTuple
