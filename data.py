@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
 
-NEEDED = "torch 2.6 and transformers 5 or newer, which `pip install -e .` in this folder brings"
+NEEDED = "torch 2.9 and transformers 5 or newer, which `pip install -e .` in this folder brings"
 
 
 class InputError(ValueError):

@@ -6,8 +6,6 @@ regression on it; then the step, one screen long; then the report. Whatever kill
 from what it has kept. Leaves out the equations (dco.py) and the measures (rankc.py).
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import random
@@ -18,22 +16,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import count, islice, permutations, takewhile
+from dataclasses import asdict, dataclass, replace
+from itertools import count, islice, permutations
 from pathlib import Path
 from typing import NamedTuple
 
 try:
     import torch
     import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
     import transformers
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
     from torch import Tensor, nn
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel as DDP
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
@@ -89,8 +88,8 @@ class Config(rankc.EvalConfig):
     save_every: int = option(250, "steps between checkpoints, the last two of which stay; 0: none")
     resume: bool = option(
         False,
-        "go on with the run in --out, or with the last unfinished one of these settings in runs/; "
-        "safe to leave on; implied where torchrun restarts",
+        "continue the run in --out from its last checkpoint, or begin it: safe to leave on; "
+        "implied where torchrun restarts a run that has --out",
     )
     log_every: int = option(1, "steps between lines of log.jsonl")
 
@@ -101,7 +100,7 @@ def defaults(config: Config) -> dict:
     A tiny model takes more steps, and thirty times the paper's rate, whatever the method.
     """
     found = {"lr": RATES[config.method]}
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if config.out and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         found["resume"] = True
     if config.method in ("dpo", "calm"):
         found["beta"] = 0.1  # as is usual; the paper does not say
@@ -119,6 +118,8 @@ def defaults(config: Config) -> dict:
 def check_settings(config: Config) -> None:
     """Raise InputError for settings that do not go together, before anything is read."""
     method, langs = config.method, config.langs
+    if config.resume and not config.out:
+        raise InputError("--resume needs --out: the folder of the run to continue")
     if len(langs) < 2:
         raise InputError("--langs: consistency takes two languages or more")
     if method == "calm" and len(langs) < 3:
@@ -232,12 +233,12 @@ def optimise(
     config: Config,
     packed: bool,
     log: Callable[[dict], None],
-    kept: "Kept | None" = None,
+    folder: Path | None = None,
     signals: Sequence[int] = (),
 ) -> int:
     """Minimise the terms, summed over languages, averaged over a step's items; the tokens fed.
 
-    Begins at the newest checkpoint of `kept`. Raises Halt, with the step saved, once `signals`
+    Begins at the newest checkpoint in `folder`. Raises Halt, with the step saved, once `signals`
     holds one; and, before it is applied, for a step whose loss or gradient is NaN or infinite.
     """
     world, device = dist.get_world_size(), next(model.parameters()).device
@@ -247,7 +248,7 @@ def optimise(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(kind, optimizer, round(config.warmup * total), total)
-    state = kept.load(model, optimizer, scheduler) if kept else {}
+    state = load_checkpoint(folder, model, optimizer, scheduler) if folder else {}
     done, tokens, note = state.get("step", 0), state.get("tokens", 0), {}
     before = deque(islice(steps, done), maxlen=1)  # the step that was done last
     policy = replicate(model, before, packed) if world > 1 and not config.shard else model
@@ -287,8 +288,9 @@ def optimise(
             log({"step": step, "loss": note["loss"], **seen, "grad_norm": norm, "lr": rate})
         stop = sigterm and signal.SIGTERM or sigint and signal.SIGINT
         due = config.save_every and (step % config.save_every == 0 or step == total)
-        if kept and (stop or due):
-            kept.save(model, optimizer, scheduler, {"step": step, "tokens": tokens})
+        if folder and (stop or due):
+            state = {"step": step, "tokens": tokens}
+            save_checkpoint(folder, model, optimizer, scheduler, state)
         if stop:
             raise Halt(f"stopped by {stop.name}: step {step} of {total} is saved", 128 + stop)
     return tokens
@@ -385,191 +387,135 @@ def watch(logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, config: C
     }
 
 
-# ------------------------------------------------------------------------------------- what is kept
+# -------------------------------------------------------------------------------------- checkpoints
 
-# What may change where a run is resumed: it moves nothing but rounding.
+# Settings that may change where a run is resumed: they move nothing but rounding.
 FREE = {"out", "resume", "save_every", "log_every", "max_tokens", "gradient_checkpointing", "shard"}
 FREE |= {"device", "timeout"}
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a run has done so far, in its checkpoint/ until the run is whole.
+def atomic_rename(part: Path, path: Path) -> None:
+    """Put a finished file or folder in its place: fsync what it holds, then rename."""
+    for file in part.iterdir() if part.is_dir() else [part]:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    part.replace(path)
 
-    NAME.safetensors holds a table of scores, or the embedded model once it is made; step-N holds
-    model.safetensors, optimizer.safetensors and state.json. Each appears whole or not at all and
-    bears the `content` it was computed from. Rank 0 alone reads and writes; tensors are whole
-    there, whatever the processes share, so that any number of them can go on.
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write a file such that it is there whole, or as it was before."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    atomic_rename(part, path)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in order."""
+    found = folder.glob("step-*/state.json")
+    return sorted(int(number) for path in found if (number := path.parent.name[5:]).isdigit())
+
+
+def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The trained weights and AdamW's two moments of each, by name; a tied weight once."""
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    moments = {
+        f"{name}.{kind}": optimizer.state[weight][kind]
+        for name, weight in weights.items()
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
+    return weights | moments
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: dict
+) -> None:
+    """Write step-N/, each process its own shards as safetensors, and keep the last two.
+
+    It is written beside them and renamed when it is whole. Raises OSError, and leaves the others
+    as they are, where the disk is full.
     """
-
-    folder: Path
-    content: str  # of `fingerprint`
-    lock: list = field(default_factory=list)  # rank 0's open file; the lock ends with its process
-
-    def keep(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `compute` returns, on every process, unless it was kept before."""
-        path = self.folder / f"{name}.safetensors"
-        found = on_first(lambda: self.read(path) if path.exists() else None)
-        if found is None:
-            found = compute()
-            on_first(lambda: path.parent.exists() and self.write(path, found))
-        return found
-
-    def steps(self) -> list[int]:
-        """The steps of the whole checkpoints, in order."""
-        marks = self.folder.glob("step-*/state.json")
-        return sorted(int(number) for mark in marks if (number := mark.parent.name[5:]).isdigit())
-
-    def state(self) -> dict:
-        """What the newest checkpoint says of itself; {} where there is none."""
-        if not (steps := self.steps()):
-            return {}
-        path = self.folder / f"step-{steps[-1]}" / "state.json"
-        try:
-            state = json.loads(path.read_text())
-            if state["content"] != self.content:
-                raise InputError(f"{path}: a checkpoint of another model, tokenizer or data")
-            numbers = {state["step"], state["scheduler"]["last_epoch"]}
-            kinds = [type(state[name]) for name in ("tokens", "trained")]
-            if numbers != {steps[-1]} or kinds != [int, list]:
-                raise ValueError(f"not of step {steps[-1]}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            without = f"remove {path.parent}, and --resume goes on from what was kept before it"
-            raise InputError(f"{path} is damaged ({error!r}); {without}") from error
-        return state
-
-    def read(self, path: Path, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The tensors of a file, which must be named and shaped `like` these."""
-        place = path if path.parent == self.folder else path.parent
-        without = f"remove {place}, and --resume does without"
-        try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("content") != self.content:
-                    raise InputError(f"{path}: kept from another model, tokenizer or data")
-                found = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is damaged ({error}); {without}") from error
-        wanted = found if like is None else like
-        if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in wanted.items()}:
-            raise InputError(f"{path}: other tensors than this model has; {without}")
-        return found
-
-    def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Raises OSError, and leaves nothing, where the disk is full."""
-        beside = path.with_name(path.name + ".part")
-        try:
-            save_file(tensors, beside, {"content": self.content})
-            put(beside, path)
-        except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
-            raise OSError(f"{path}: {error}") from error
-
-    @torch.no_grad()
-    def load(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> dict:
-        """Put the newest checkpoint in place; what it says of itself, {} where there is none."""
-        if not (state := on_first(self.state)):
-            return {}
-        for name, weight in model.named_parameters():
-            if name in state["trained"]:  # as AdamW makes its state, for weights that get gradients
-                moments = {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
-                step = torch.tensor(0.0, device=weight.device)
-                optimizer.state[weight] = {"step": step, **moments}
-        for name, tensors in files(model, optimizer).items():
-            path, found = self.folder / f"step-{state['step']}" / name, {}
-            on_first(lambda: found.update(self.read(path, tensors)))
-            for key, tensor in tensors.items():
-                full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                if found:
-                    full.copy_(found.pop(key))
-                if isinstance(tensor, DTensor):
-                    full = distribute_tensor(full, tensor.device_mesh, tensor.placements)
-                elif dist.get_world_size() > 1:
-                    dist.broadcast(full, 0)
-                tensor.copy_(full)
-        scheduler.load_state_dict(state["scheduler"])
-        optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
-        return state
-
-    def save(
-        self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: dict
-    ) -> None:
-        """Write a checkpoint beside the others, then keep the last two. Raises Halt if it fails."""
-        path = self.folder / f"step-{state['step']}"
-        beside = path.with_name(path.name + ".part")
-        trained = [name for name, w in model.named_parameters() if optimizer.state.get(w)]
-        state |= {"scheduler": scheduler.state_dict(), "content": self.content, "trained": trained}
-
-        def finish():
-            (beside / "state.json").write_text(json.dumps(state))  # last
-            put(beside, path)
-
-        try:
-            on_first(lambda: (remove(path), beside.mkdir()))
-            for name, tensors in files(model, optimizer).items():
-                on_first(self.write, beside / name, gather(tensors))
-            on_first(finish)
-        except OSError as error:
-            on_first(remove, beside)
-            left = "There is no checkpoint before it"
-            if older := on_first(self.steps):
-                left = f"The checkpoint of step {older[-1]} is whole"
-            failed = f"error: step {state['step']} could not be saved: {error}"
-            raise Halt(f"{failed}. {left}") from error
-        on_first(lambda: [remove(self.folder / f"step-{step}") for step in self.steps()[:-2]])
-
-
-def files(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """The files of a checkpoint, and the tensors in each."""
-    weights, moments = dict(model.named_parameters()), {}
-    for name, weight in weights.items():
-        for kind, value in optimizer.state.get(weight, {}).items():
-            moments[f"{name}/{kind}"] = value
-    return {"model.safetensors": weights, "optimizer.safetensors": moments}
-
-
-def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on rank 0's CPU, one after the other; {} on the other processes."""
-    full = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if dist.get_rank() == 0:
-            full[name] = tensor.cpu().contiguous()
-    return full
-
-
-def put(beside: Path, path: Path) -> None:
-    """Move a file or folder into its place once the disk, not its cache, holds all of it."""
-    parts = [*beside.iterdir(), beside] if beside.is_dir() else [beside]
-    for part in parts:
-        sync(part)
-    beside.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
-    number = os.open(path, os.O_RDONLY)
+    path = folder / f"step-{state['step']}"
+    part = path.with_name(path.name + ".part")
+    if dist.get_rank() == 0:
+        for left in (part, path):  # of a run that was killed while it wrote, or removed
+            shutil.rmtree(left, ignore_errors=True)
+    dist.barrier()
+    writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)
     try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+        dcp.save(training_state(model, optimizer), storage_writer=writer)
+        if dist.get_rank() == 0:
+            sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+            state |= {"scheduler": scheduler.state_dict(), "sizes": sizes}
+            (part / "state.json").write_text(json.dumps(state))
+            atomic_rename(part, path)
+            for step in saved_steps(folder)[:-2]:
+                old = folder / f"step-{step}"
+                (old / "state.json").unlink()  # first: without it the rest is no checkpoint
+                shutil.rmtree(old)
+    except (OSError, dcp.CheckpointException) as error:
+        why = error if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
+        if dist.get_rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        left = [f"step {step}" for step in saved_steps(folder)[-1:]] or ["no earlier step"]
+        told = f"the checkpoint of step {state['step']} could not be saved: {why}"
+        raise OSError(f"{told}. That of {left[0]} is whole") from error
+    dist.barrier()
 
 
-def put_text(path: Path, text: str) -> None:
-    """Write a file that is there whole, or as it was before."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    put(beside, path)
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> dict:
+    """Restore the newest checkpoint on any number of processes, sharded or not; {} without one.
+
+    Raises InputError, naming it, where it is damaged or of another model.
+    """
+    if not (steps := saved_steps(folder)):
+        return {}
+    path = folder / f"step-{steps[-1]}"
+    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+        moments = {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
+        step = torch.tensor(float(steps[-1]), device=weight.device)
+        optimizer.state[weight] = {"step": step, **moments}
+    try:
+        state = json.loads((path / "state.json").read_text())
+        found = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
+        if found != state["sizes"]:
+            raise ValueError("files are missing, or of another size")
+        if state["step"] != steps[-1] or not isinstance(state["tokens"], int):
+            raise ValueError(f"state.json is not of step {steps[-1]}")
+        reader = dcp.HuggingFaceStorageReader(path)
+        dcp.load(training_state(model, optimizer), storage_reader=reader)
+        scheduler.load_state_dict(state["scheduler"])
+    except (dcp.CheckpointException, OSError, ValueError, KeyError, TypeError) as error:
+        failures = getattr(error, "failures", {0: [error]})
+        why = next(iter(failures.values()))[0]
+        without = "remove it, and --resume continues from the one before"
+        raise InputError(f"{path} is damaged, or of another model ({why!r}); {without}") from error
+    optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
+    return state
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder, and what is left of one, such that no part of it stands under its name."""
-    gone = folder.with_name(folder.name.removesuffix(".part") + ".part")
-    if gone.exists():
-        shutil.rmtree(gone)
-    if folder.exists():
-        shutil.rmtree(folder.rename(gone))
+def load_or_compute(
+    path: Path, shapes: dict[str, tuple[int, ...]], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The score tables in a safetensors file, of these shapes; computed and saved if it is absent.
+
+    Raises InputError where the file is damaged, or of other questions.
+    """
+    if path.exists():
+        try:
+            tables = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is damaged ({error}); remove it") from error
+        if {name: table.shape for name, table in tables.items()} != shapes:
+            raise InputError(f"{path}: scores of other questions; name another --out")
+        return tables
+    tables = compute()
+    if dist.get_rank() == 0:
+        part = path.with_name(path.name + ".part")
+        save_file(tables, part)
+        atomic_rename(part, path)
+    return tables
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -588,28 +534,6 @@ def shard(model: nn.Module, device: torch.device) -> None:
         fully_shard(part, mesh=mesh)
 
 
-def fingerprint(model: nn.Module, splits: rankc.Splits, trees: rankc.Trees) -> str:
-    """A hash of what is computed with: the weights' bits, summed, the questions, their tokens.
-
-    And of the kind of device: on CUDA, autocast scores otherwise than a CPU did.
-    """
-    found, sums = hashlib.sha256(), []
-    for name, weight in model.named_parameters():
-        kind = (name, tuple(weight.shape), weight.dtype, weight.device.type)
-        found.update(repr(kind).encode())
-        part = weight.to_local() if isinstance(weight, DTensor) else weight
-        bits = {2: torch.int16, 4: torch.int32}[part.element_size()]
-        sums.append(part.detach().contiguous().view(bits).sum(dtype=torch.long))
-    total = torch.stack(sums)
-    if isinstance(weight, DTensor):
-        dist.all_reduce(total)
-    found.update(repr(total.tolist()).encode())
-    for name, questions in splits.items():
-        for question, row in zip(questions, trees[name], strict=True):
-            found.update(repr((name, question, row)).encode())
-    return found.hexdigest()
-
-
 # --------------------------------------------------------------------------------------- the folder
 
 
@@ -624,75 +548,23 @@ def choose_folder(config: Config) -> tuple[Path, dict]:
 
     Raises InputError for a folder that holds something else, or a run of other settings.
     """
-
-    def begun(out: Path) -> tuple[dict, str]:  # run.json, and which settings differ
-        try:
-            old, new = json.loads((out / "run.json").read_text()), settings(config)
-            pairs = {name: (old[name], new[name]) for name in new if name not in FREE}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--resume: {out} is there, but is no run of this train.py ({error!r})"
-            ) from error
-        return old, "; ".join(f"{n} {a!r}, now {b!r}" for n, (a, b) in pairs.items() if a != b)
-
-    if config.out and not config.resume:
-        return rankc.new_folder(config.out), {}
-    if config.out:
-        out = Path(config.out)
-        there = {str(path.relative_to(out)) for path in out.rglob("*")}
-        if not (out.is_file() or there - {"checkpoint", "checkpoint/lock", "run.json.part"}):
-            return out, {}  # new, or killed before its run.json
-        old, differ = begun(out)
-        if differ:
-            told = f"--resume: {out} was begun with other settings: {differ}"
-            raise InputError(f"{told}. Give those, or another --out")
-        return out, old
-    there = list(takewhile(Path.exists, (Path("runs", str(n)) for n in count(1))))
-    for out in reversed(there) if config.resume else ():
-        if (out / "run.json").is_file() and not (out / "metrics.json").exists():
-            old, differ = begun(out)
-            if not differ:
-                return out, old
-    return Path("runs", str(len(there) + 1)), {}
-
-
-def begin(out: Path, config: Config, content: str, old: dict) -> Kept:
-    """Make the folder of a run, or go on in it; `old` is what its run.json said."""
-    kept, contents = Kept(out / "checkpoint", content), [None] * dist.get_world_size()
-    dist.all_gather_object(contents, content)
-    if len(set(contents)) > 1:
+    if not config.out:
+        return next(path for n in count(1) if not (path := Path("runs", str(n))).exists()), {}
+    out = Path(config.out)
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if not config.resume or not out.exists() or out.is_dir() and there <= {"run.json.part"}:
+        return (out if config.resume else rankc.new_folder(config.out)), {}
+    try:
+        old, new = json.loads((out / "run.json").read_text()), settings(config)
+        pairs = {name: (old[name], new[name]) for name in new if name not in FREE}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            "the processes see different models, tokenizers or data: are the "
-            "folders the same on every machine?"
-        )
-
-    def take():
-        if old and old.get("content") != content:
-            raise InputError(
-                f"--resume: {out} was begun with another model, tokenizer or data under the same "
-                "names, or on another kind of device; name another --out"
-            )
-        kept.folder.mkdir(parents=True, exist_ok=True)
-        kept.lock.append(open(kept.folder / "lock", "w"))
-        try:
-            fcntl.flock(kept.lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out}: another process is at work in it") from None
-        except OSError:
-            pass  # a disk without locks
-        path = out / "run.json"
-        now = json.loads(path.read_text()) if path.exists() else {}
-        if now != old or (out / "metrics.json").exists():
-            raise InputError(f"{out}: another process was at work in it; try again")
-        for part in kept.folder.glob("*.part"):  # of a life that ended while it wrote or removed
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-        told = {**settings(config), "out": str(out), **environment(), "content": content}
-        if old:
-            told["resumed"] = [*old.get("resumed", []), *kept.steps()[-1:]]
-        put_text(path, json.dumps(told, indent=1))
-
-    on_first(take)
-    return kept
+            f"--resume: {out} is there, but is no run of this train.py ({error!r})"
+        ) from error
+    if differ := "; ".join(f"{name} {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b):
+        told = f"--resume: {out} was begun with other settings: {differ}"
+        raise InputError(f"{told}. Give those, or another --out")
+    return out, old
 
 
 def environment() -> dict:
@@ -710,25 +582,22 @@ def trim_log(path: Path, done: int) -> None:
     """Leave in log.jsonl the lines of the steps that are done."""
     lines = path.read_text().splitlines(keepends=True) if done else []
     whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
-    put_text(path, "".join(whole))
+    atomic_write(path, "".join(whole))
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """The model as a Hugging Face folder. Raises OSError where the disk is full."""
-    full = None
-    if any(isinstance(weight, DTensor) for weight in model.parameters()):
-        names = dict(model.named_parameters(remove_duplicate=False))
-        buffers = {name: t for name, t in model.state_dict().items() if name not in names}
-        full = gather({**dict(model.named_parameters()), **buffers})  # a tied weight once
-
-    def write():
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors = get_model_state_dict(model, options=options)  # {} but on rank 0
+    if dist.get_rank() == 0:
+        names = {name for name, _ in model.named_parameters()}  # a tied weight once
+        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tensors = {name: t for name, t in tensors.items() if name not in every - names}
         try:
-            model.save_pretrained(out, state_dict=full)
+            model.save_pretrained(out, state_dict=tensors)
             tokenizer.save_pretrained(out)
         except SafetensorError as error:
             raise OSError(f"{out}: the model could not be saved: {error}") from error
-
-    on_first(write)
 
 
 # ------------------------------------------------------------------------------- the embedded model
@@ -784,7 +653,7 @@ def tell(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        note["loss"] = float(loss)
+        note["loss"] = loss.item()
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
@@ -864,9 +733,11 @@ def main() -> None:
         seconds[name] = round(time.time() - begun, 2)
 
     gamma, (out, old) = rankc.gamma_matrix(config, say), on_first(choose_folder, config)
-    if old and on_first((out / "metrics.json").exists):
-        on_first(remove, out / "checkpoint")
-        return say(f"resume: {out} is whole, nothing is left to do")
+    folder = out / "checkpoint"
+    if old and (out / "metrics.json").exists():
+        dist.barrier()
+        shutil.rmtree(folder, ignore_errors=True)
+        return say(f"resume: {out} is finished, nothing is left to do")
     splits = rankc.read(config, say)
     if "train" not in splits:
         raise InputError("--train_questions 0: there is nothing to train on")
@@ -889,38 +760,56 @@ def main() -> None:
         asked = trees  # what is judged: the same, unless --score string wants the prompt scored too
         if config.score == "string":
             asked, _ = rankc.plant(model, tokenizer, splits, config, say, whole=True)
-        kept = begin(out, config, fingerprint(model, splits, trees), old)
-        done, total = on_first(kept.state).get("step", 0), count_steps(len(splits["train"]), config)
+        (done,), total = saved_steps(folder)[-1:] or [0], count_steps(len(splits["train"]), config)
         if config.resume:
             fresh = "from the start: no checkpoint yet" if old else "a new run: nothing is there"
             say(f"resume: {out}, " + (f"from step {done} of {total}" if done else fresh))
+        resumed = [*old.get("resumed", []), *[done] * bool(done)]
+
+        def begin():
+            out.mkdir(parents=True, exist_ok=True)
+            told = {**settings(config), "out": str(out), **environment(), "resumed": resumed}
+            atomic_write(out / "run.json", json.dumps(told, indent=1))
+            folder.mkdir(exist_ok=True)
+
+        on_first(begin)
         if not config.model:
-            base = kept.keep("base", lambda: on_first(tell, model, tokenizer, facts, config.seed))
-            model.load_state_dict(base, strict=False)  # the head is the embeddings
+            if not (done and (folder / "reference.safetensors").exists()):
+                base = on_first(tell, model, tokenizer, facts, config.seed)
+                model.load_state_dict(base, strict=False)  # the head is the embeddings
             if config.shard:
                 shard(model, device)
     say(describe(model, tokenizer, splits, trees, config))
 
-    def judge(desc, asked, place="", config=config):
+    def judge(desc, asked, config=config):
         found = {}
         for name, rows in asked.items():
             ids = [question.id for question in splits[name]]
-            nats = partial(rankc.score, model, rows, config, f"{desc} {name}", packed, ids)
-            found[name] = kept.keep(f"{place}{desc}-{name}", lambda: {"nats": nats()})["nats"]
+            found[name] = rankc.score(model, rows, config, f"{desc} {name}", packed, ids)
         return found
 
+    def refer():
+        tables = judge("reference", asked)
+        if config.score == "sum":
+            return tables
+        summed = judge("sums", {"train": trees["train"]}, replace(config, score="sum"))
+        return {**tables, "sums": summed["train"]}
+
     with stage("reference"):
-        base = sums = judge("reference", asked)
+        K = {name: max(question.K for question in part) for name, part in splits.items()}
+        shapes = {name: (len(langs), len(part), K[name]) for name, part in splits.items()}
         if config.score != "sum":
-            only = {"train": trees["train"]}
-            sums = judge("reference-sum", only, config=replace(config, score="sum"))
+            shapes["sums"] = shapes["train"]
+        base = load_or_compute(folder / "reference.safetensors", shapes, refer)
+        sums = base.pop("sums", base["train"])
+        base = {name: base[name] for name in splits}
     optimum = {name: rankc.forecast(table, gamma, config.beta) for name, table in base.items()}
     tables = {"base": base, "optimum": optimum}
     metrics = rankc.new_metrics(splits, langs)
     say(rankc.report(splits, tables, langs, metrics, subjects) + "\n")
     used = list(range(len(splits["train"])))
     if config.method == "calm":
-        used, metrics["vote"] = poll(splits["train"], sums["train"], config)
+        used, metrics["vote"] = poll(splits["train"], sums, config)
         say(f"calm: {len(used)} questions to train on, {json.dumps(metrics['vote'])}\n")
         if not used:
             raise InputError("--method calm: the languages agree on every training question")
@@ -936,12 +825,12 @@ def main() -> None:
     path = os.devnull if rank else out / "log.jsonl"
     with stage("train"), rankc.on_signals(heed), open(path, "a") as file:
         questions, rows = ([part["train"][q] for q in used] for part in (splits, trees))
-        steps = draw(questions, rows, sums["train"][:, used], gamma, config)
+        steps = draw(questions, rows, sums[:, used], gamma, config)
 
         def log(line):
             print(json.dumps(line), file=file, flush=True)
 
-        tokens = optimise(model, steps, total, config, packed, log, kept, signals)
+        tokens = optimise(model, steps, total, config, packed, log, folder, signals)
     late = [None] * world
     dist.all_gather_object(late, max(signals, default=0))
     if max(late) and config.save_every:  # it came while the last step was saved
@@ -949,7 +838,7 @@ def main() -> None:
         raise Halt(f"stopped by {name}: all {total} steps are saved", 128 + max(late))
     save_model(model, tokenizer, out)
     with stage("evaluate"):
-        tables["trained"] = judge("evaluate", asked, f"step-{total}/")
+        tables["trained"] = judge("evaluate", asked)
     say(rankc.report(splits, tables, langs, metrics, subjects))
     last = list(splits)[-1]
     say(f"\nanswers that changed in {last}, the first few questions:")
@@ -962,8 +851,8 @@ def main() -> None:
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
         if not rankc.draw_clc(out / "clc.png", *(metrics[last][x] for x in after), langs):
             say("clc.png is left out; to draw it: pip install -e '.[plot]'")
-        put_text(out / "metrics.json", json.dumps(metrics, indent=1))  # last: the run is whole
-        remove(kept.folder)
+        atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))  # last: it is finished
+        shutil.rmtree(folder)
 
     on_first(finish)
     spent = ", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items())

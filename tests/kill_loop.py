@@ -52,10 +52,8 @@ def stage(out: Path, total: int) -> str:
     kept = out / "checkpoint"
     if (out / "metrics.json").exists():
         return "clearing up"
-    if not (kept / "base.safetensors").exists():
-        return "making the base"
-    if not (kept / "reference-test.safetensors").exists():
-        return "reference"
+    if not (kept / "reference.safetensors").exists():
+        return "making the base and its scores"
     return "evaluation" if lines(out) == total else "steps"
 
 
