@@ -13,9 +13,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice, permutations
 from pathlib import Path
@@ -33,7 +32,6 @@ try:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
-    from torch.nn.parallel import DistributedDataParallel as DDP
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedTokenizerBase, get_scheduler
@@ -245,29 +243,28 @@ def optimise(
     model.train()  # for checkpointing; load_model has put dropout at zero
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
     kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(kind, optimizer, round(config.warmup * total), total)
     state = load_checkpoint(folder, model, optimizer, scheduler) if folder else {}
     done, tokens, note = state.get("step", 0), state.get("tokens", 0), {}
-    before = deque(islice(steps, done), maxlen=1)  # the step that was done last
-    policy = replicate(model, before, packed) if world > 1 and not config.shard else model
-    apart, mixed = getattr(policy, "no_sync", nullcontext), rankc.autocast(config, device)
+    steps, mixed = islice(steps, done, None), rankc.autocast(config, device)
     width = model.config.get_text_config().hidden_size
     for step, items in enumerate(progress(steps, "train", total, note, done), done + 1):
         ref = torch.stack([item.ref for item in items]).to(device)  # (B, L, K)
         r_align = torch.stack([item.r_align for item in items]).to(device)  # (B, L, K)
         logps, losses = torch.full_like(ref, -torch.inf), torch.zeros_like(ref[..., 0])  # (B, L)
-        for b, i, batch, weight, last in turns(items, config, packed, width):
-            with nullcontext() if last else apart():  # gradients are exchanged once
-                with mixed:
-                    got = completion_logps(policy, batch, packed)  # (T, K)
-                K = got.shape[-1]
-                loss = term(got, ref[b, i, :K], r_align[b, i, :K], config)  # (T,)
-                (weight * loss.sum()).backward()  # the mean over processes undoes `world`
+        for b, i, batch, weight in turns(items, config, packed, width):
+            with mixed:
+                got = completion_logps(model, batch, packed)  # (T, K)
+            K = got.shape[-1]
+            loss = term(got, ref[b, i, :K], r_align[b, i, :K], config)  # (T,)
+            (weight * loss.sum()).backward()
             if weight:
                 logps[b, i, :K], losses[b, i] = got.detach(), loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or torch.inf)
+        sum_gradients(weights, config)
+        norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or torch.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         heard = losses.new_tensor([signal.SIGTERM in signals, signal.SIGINT in signals])
         told = torch.cat([losses.flatten(), heard, ~norm.isfinite().view(1)])
@@ -296,36 +293,36 @@ def optimise(
     return tokens
 
 
-def replicate(model: nn.Module, before: Sequence[list[Item]], packed: bool) -> DDP:
-    """DDP, and where steps were done `before` it as it was after the first of them.
-
-    It regroups gradients after its first backward pass, and so adds up those of three processes or
-    more in another order; a pass that counts nothing brings it there.
-    """
-    policy = DDP(model, gradient_as_bucket_view=True)
-    for item in [items[0] for items in before]:
-        (0.0 * completion_logps(policy, [item.trees[item.used[0]]], packed).sum()).backward()
-        policy.zero_grad()
-    return policy
+def sum_gradients(weights: list[nn.Parameter], config: Config) -> None:
+    """Data parallelism: each gradient becomes its sum over processes. FSDP has done so already."""
+    for weight in weights:
+        if weight.grad is None:  # this process had no row to feed, or none that needs this weight
+            weight.grad = torch.zeros_like(weight)
+    if dist.get_world_size() > 1 and not config.shard:
+        for pending in [dist.all_reduce(weight.grad, async_op=True) for weight in weights]:
+            pending.wait()
 
 
 def turns(
     items: list[Item], config: Config, packed: bool, width: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dco.Pack, float, bool]]:
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dco.Pack, float]]:
     """What this process feeds, a micro-batch a turn.
 
-    Of its T rows the items b and the languages i, the rows packed, the weight of their terms, and
-    whether it is the last. Processes wait for each other, so all take as many turns: one that has
-    no more to feed feeds a row that counts nothing.
+    Of its T rows the items b and the languages i, the rows packed, and the weight of their terms.
+    Under --shard all processes gather a layer's weights together, so all take as many turns: one
+    that has no more to feed feeds a row that counts nothing.
     """
     world = dist.get_world_size()
     shares = micro_batches(items, config, packed, world)
-    mine, number = shares[dist.get_rank()], max(map(len, shares))
-    for n in range(number):
-        rows = mine[n] if n < len(mine) else [(0, items[0].used[0])]
-        weight = world / len(items) if n < len(mine) else 0.0
+    mine, scale = shares[dist.get_rank()], 1.0
+    if config.shard:
+        mine += [[]] * (max(map(len, shares)) - len(mine))
+        scale = world  # FSDP takes the mean over processes
+    for rows in mine:
+        weight = scale / len(items) if rows else 0.0
+        rows = rows or [(0, items[0].used[0])]
         batch = dco.pack([items[b].trees[i] for b, i in rows], width, packed)
-        yield *zip(*rows, strict=True), batch, weight, n == number - 1
+        yield *zip(*rows, strict=True), batch, weight
 
 
 def micro_batches(
@@ -665,6 +662,16 @@ def count_steps(questions: int, config: Config) -> int:
     return config.epochs * -(-questions * config.pairs_per_question // config.batch_questions)
 
 
+def freeze_other_modalities(model: nn.Module) -> None:
+    """Only the language model and its head are trained: no text reaches what is for pictures.
+
+    Gemma 3's vision tower never gets a gradient, and needs no moments and no exchange.
+    """
+    model.requires_grad_(False)
+    for part in (model.get_decoder(), model.get_output_embeddings()):
+        part.requires_grad_(True)
+
+
 def describe(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -684,11 +691,13 @@ def describe(
     mixed = ", bfloat16 autocast" * (weight.is_cuda and config.dtype == "float32")
     where = f"{dist.get_world_size()} x {weight.device.type}{', sharded' * config.shard}"
     size = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    trained = "all" if trained == size else f"{trained:,}"
     parts = ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items())
     total = count_steps(len(splits["train"]), config)
     total = f"{'at most ' * (config.method == 'calm')}{total}"
     lines = [
-        f"{config.model or 'embedded model'}: {size:,} parameters, all trained, "
+        f"{config.model or 'embedded model'}: {size:,} parameters, {trained} trained, "
         f"{config.dtype}{mixed}, on {where}",
         f"{config.data} in {' '.join(config.langs)}: {parts}",
         f"{total} steps of {config.batch_questions} questions over all processes, epochs "
@@ -752,6 +761,7 @@ def main() -> None:
     with stage("load"):
         if config.model:
             model, tokenizer = rankc.load_model(config, "cpu" if config.shard else device)
+            freeze_other_modalities(model)
         else:
             model, tokenizer, facts = embedded_model(config)
         if config.shard and config.model:
