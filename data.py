@@ -10,8 +10,6 @@ import hashlib
 import json
 import random
 import re
-import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,9 +21,6 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
-
-
-NEEDED = "torch 2.9 and transformers 5 or newer, which `pip install -e .` in this folder brings"
 
 
 class InputError(ValueError):
@@ -69,8 +64,8 @@ def split(
     part. Raises InputError for a subject that is not there and if there are too few questions.
     """
 
-    def may(question: Question, subjects: Collection[str], of_others: Collection[str]) -> bool:
-        return question.subject in subjects if subjects else question.subject not in of_others
+    def allowed(question: Question, named: Collection[str], other_part: Collection[str]) -> bool:
+        return question.subject in named if named else question.subject not in other_part
 
     order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
     there = sorted({q.subject for q in questions})
@@ -78,17 +73,15 @@ def split(
         if subject not in there:
             some = ", ".join(there[:60]) + ", ..." * (len(there) > 60)
             raise InputError(f"there is no subject {subject!r}; there are {some}")
-    pool = [q for q in order if may(q, train_subjects, test_subjects)]
+    pool = [q for q in order if allowed(q, train_subjects, test_subjects)]
     chosen = pool[:train]
     taken = {q.id for q in chosen}
-    rest = [q for q in order if q.id not in taken and may(q, test_subjects, train_subjects)]
+    rest = [q for q in order if q.id not in taken and allowed(q, test_subjects, train_subjects)]
     asked = {"training": (train, len(pool)), "held-out": (test, len(rest))}
     if any(not 0 <= (number or 0) <= most for number, most in asked.values()):
         wanted = " and ".join(f"{'all' if n is None else n} {x}" for x, (n, _) in asked.items())
-        raise InputError(
-            f"{wanted} questions asked for, but there are {len(pool)} to train on and then "
-            f"{len(rest)} others"
-        )
+        found = f"there are {len(pool)} to train on and then {len(rest)} others"
+        raise InputError(f"{wanted} questions asked for, but {found}")
     for subject in test_subjects:
         if not any(q.subject == subject for q in rest[:test]):
             why = "all are trained on, or --test_questions is too small"
@@ -110,7 +103,7 @@ class Tree(NamedTuple):
 
     prefix: list[int]  # what all answers share, never empty
     branches: list[list[int]]
-    lead: int = 0  # how many ids at the start of a branch are still the prompt's, and score nothing
+    prompt_len: int = 0  # ids at a branch's start that are still the prompt's, and score nothing
 
     def tokens(self, packed: bool = True) -> int:
         """How many tokens dco.completion_logps feeds for it."""
@@ -185,14 +178,13 @@ def batches(trees: list[Tree], max_tokens: int, packed: bool = True) -> list[lis
 
 # ------------------------------------------------------------------------------------------ loaders
 
-Say = Callable[[str], None]  # where what is dropped is told
 Loaded = Iterator[tuple[str, Question]]  # where it stands, for messages, and the question
 
 
-def load(spec: str, langs: list[str], say: Say = print) -> list[Question]:
+def load(spec: str, langs: list[str], print0: Callable[[str], None] = print) -> list[Question]:
     """The questions of `spec` in these languages: atlas, or bmlama, mmmlu, xcsqa or jsonl:PATH.
 
-    What a rule of the format drops is counted and told to `say`. Raises InputError on anything that
+    What a rule of the format drops is counted and printed. Raises InputError on anything that
     cannot be a question in every language: nothing is dropped, cut or guessed in silence.
     """
     kind, _, place = spec.partition(":")
@@ -208,7 +200,7 @@ def load(spec: str, langs: list[str], say: Say = print) -> list[Question]:
     except OSError as error:  # a name too long, a folder that may not be entered
         raise InputError(f"--data {spec}: {error.strerror}") from error
     questions = []
-    for where, question in LOADERS[kind](place, list(langs), say):
+    for where, question in LOADERS[kind](place, list(langs), print0):
         check(question, langs, where)
         questions.append(question)
     if not questions:
@@ -243,7 +235,7 @@ def check(question: Question, langs: list[str], where: str) -> None:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[TextIO]:
+def open_text(path: Path) -> Iterator[TextIO]:
     """Open a UTF-8 file, byte-order mark or not, and turn what may go wrong into InputError."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -254,11 +246,11 @@ def reading(path: Path) -> Iterator[TextIO]:
         raise InputError(f"{path}: {error.strerror}") from error
 
 
-def rows(
+def csv_rows(
     path: Path, names: list[str], skip: int = 0, delimiter: str = ","
 ) -> Iterator[tuple[str, list[str]]]:
     """Each row of a CSV file after the first `skip` and where it begins; a field for each name."""
-    with reading(path) as file:
+    with open_text(path) as file:
         reader, line = csv.reader(file, delimiter=delimiter, strict=True), 1
         try:
             for number, row in enumerate(reader):
@@ -274,7 +266,7 @@ def rows(
 
 def json_lines(path: Path) -> Iterator[tuple[str, object]]:
     """Each line of a JSON Lines file, and where it stands."""
-    with reading(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 yield f"{path}, line {number}", json.loads(line, object_pairs_hook=fields_once)
@@ -291,31 +283,13 @@ def fields_once(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def fetch(kind: str, place: str, wanted: list[str]) -> Path:
-    """The folder `place`, or a local copy of the `wanted` files of that dataset on the hub."""
-    if Path(place).is_dir():
-        return Path(place)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", place):
-        raise InputError(f"{place}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(place, repo_type="dataset", allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{place} is no folder here, and the hub does not give it. Wanted were the files "
-            f"{', '.join(wanted)} of that dataset; put a copy in a folder and say {kind}:FOLDER. "
-            f"({' '.join(str(error).split())})"
-        ) from error
-
-
 def atlas() -> list[dict[str, str]]:
     """The rows of atlas.tsv: relation, country, and the words in each language."""
-    with reading(Path(__file__).with_name("atlas.tsv")) as file:
+    with open_text(Path(__file__).with_name("atlas.tsv")) as file:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def load_atlas(place: str, langs: list[str], say: Say) -> Loaded:
+def load_atlas(place: str, langs: list[str], print0: Callable) -> Loaded:
     """The embedded facts: 40 countries x 6 relations in en fr es sw, six candidates each."""
     rows = atlas()
     there = list(rows[0])[2:]
@@ -338,7 +312,7 @@ def load_atlas(place: str, langs: list[str], say: Say) -> Loaded:
             yield f"atlas.tsv, {country}", question
 
 
-def load_bmlama(place: str, langs: list[str], say: Say) -> Loaded:
+def load_bmlama(place: str, langs: list[str], print0: Callable) -> Loaded:
     """BMLAMA-17 and -53: LANG.tsv; sentence, answer, candidates, subject; line n is parallel.
 
     The prompt is the sentence up to its mask. An answer is a candidate and what follows the mask,
@@ -351,15 +325,15 @@ def load_bmlama(place: str, langs: list[str], say: Say) -> Loaded:
         if not path.is_file():
             there = ", ".join(sorted(p.stem for p in Path(place).glob("*.tsv"))) or "no .tsv file"
             raise InputError(f"{place} has no language {lang!r} ({lang}.tsv); it has {there}")
-        with reading(path) as file:
+        with open_text(path) as file:
             if "<mask>" in file.readline():
                 raise InputError(f"{path}, line 1: a question stands where the header should")
         fields = ["sentence", "answer", "candidates", "subject"]  # header of zh.tsv: a stray tab
-        tables[lang] = list(rows(path, fields, skip=1, delimiter="\t"))
+        tables[lang] = list(csv_rows(path, fields, skip=1, delimiter="\t"))
         if (n := len(tables[lang])) != (there := len(tables[first])):
             same = "line n must be the same question in both"
             raise InputError(f"{path}: {n} rows, but {first}.tsv has {there}; {same}")
-    opening = 0
+    mask_first = 0
     for line, aligned in enumerate(zip(*tables.values()), 2):
         prompts, answers, golds = {}, {}, {}
         for lang, (where, (sentence, gold, names, _)) in zip(langs, aligned):
@@ -372,7 +346,7 @@ def load_bmlama(place: str, langs: list[str], say: Say) -> Loaded:
             answers[lang] = tuple(name + after if name.strip() else "" for name in each)
             golds[lang] = {k for k, name in enumerate(each) if name == gold}
         if not all(prompt.strip() for prompt in prompts.values()):
-            opening += 1
+            mask_first += 1
             continue
         same = set.intersection(*golds.values())
         if not same and len({len(a) for a in answers.values()}) == 1:
@@ -382,8 +356,9 @@ def load_bmlama(place: str, langs: list[str], say: Say) -> Loaded:
             raise InputError(f"{where}: {not_so}")
         question = Question(str(line), aligned[0][1][3], min(same, default=None), prompts, answers)
         yield aligned[-1][0], question
-    if opening:
-        say(f"{place}: dropped {opening} questions in all languages: <mask> opens the sentence")
+    if mask_first:
+        dropped = f"dropped {mask_first} questions in all languages"
+        print0(f"{place}: {dropped}: <mask> opens the sentence")
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -399,7 +374,7 @@ class Row(NamedTuple):
     key: str  # the letter of the right option; empty where the file does not tell
 
 
-def align(place: str, tables: dict[str, dict[str, Row]], say: Say, most: float) -> Loaded:
+def align(place: str, tables: dict[str, dict[str, Row]], print0: Callable, most: float) -> Loaded:
     """Join the languages' rows on their ids, with lm-evaluation-harness's prompt; answers: letters.
 
     Questions that are not in every language, or whose key is not the same in all, are dropped and
@@ -408,30 +383,27 @@ def align(place: str, tables: dict[str, dict[str, Row]], say: Say, most: float) 
     """
     first = next(iter(tables.values()))
     shared = [i for i in first if all(i in table for table in tables.values())]
-    if alone := len(set().union(*tables.values())) - len(shared):
-        say(f"{place}: dropped {alone} questions that are not in every language")
+    if unshared := len(set().union(*tables.values())) - len(shared):
+        print0(f"{place}: dropped {unshared} questions that are not in every language")
     keys = {i: {table[i].key for table in tables.values()} for i in shared}
     known = [i for i in shared if "" not in keys[i]]
-    differ = {i: keys[i] for i in known if len(keys[i]) > 1}
-    if len(differ) > most * len(known):
-        example = next(iter(differ))
+    conflicting = {i: keys[i] for i in known if len(keys[i]) > 1}
+    if len(conflicting) > most * len(known):
+        example = next(iter(conflicting))
         found = {lang: table[example] for lang, table in tables.items()}
         letters = "; ".join(f"{lang} {row.key} ({row.where})" for lang, row in found.items())
-        raise InputError(
-            f"{place}: the right letter of {len(differ)} of {len(known)} questions differs between "
-            f"languages, as of {example!r}: {letters}. Options or rows stand in another order, "
-            "so letters are no parallel answers; give an aligned copy"
-        )
-    if blind := len(shared) - len(known):
-        unseen = "nothing shows whether their options are parallel"
-        say(
-            f"{place}: {blind} questions lack an answer key: they count for consistency, not for "
-            f"accuracy, and {unseen}"
-        )
-    if differ:
-        say(f"{place}: dropped {len(differ)} questions in all languages: their answer keys differ")
+        count = f"the right letter of {len(conflicting)} of {len(known)} questions differs"
+        why = "Options or rows stand in another order: letters are no parallel answers"
+        found = f"{count} between languages, as of {example!r}: {letters}"
+        raise InputError(f"{place}: {found}. {why}; give an aligned copy")
+    if keyless := len(shared) - len(known):
+        found = f"{keyless} questions lack an answer key: they count for consistency alone"
+        print0(f"{place}: {found}, and nothing shows whether their options are parallel")
+    if conflicting:
+        dropped = f"dropped {len(conflicting)} questions in all languages"
+        print0(f"{place}: {dropped}: their answer keys differ")
     for i in shared:
-        if i in differ:
+        if i in conflicting:
             continue
         prompts, answers = {}, {}
         for lang, table in tables.items():
@@ -445,61 +417,44 @@ def align(place: str, tables: dict[str, dict[str, Row]], say: Say, most: float) 
         yield where, Question(i, subject, gold, prompts, answers)
 
 
-def load_mmmlu(place: str, langs: list[str], say: Say) -> Loaded:
+def load_mmmlu(place: str, langs: list[str], print0: Callable) -> Loaded:
     """MMMLU, `[test/]mmlu_XX-YY.csv`, and MMLU as first published, in English or translated.
 
     The latter is `<subject>_test[_<lang>].csv`, a file a subject, without header. A plain code
     stands for its locale. Row n of a subject is the same question in every language.
     """
-    wanted = [f"*mmlu_{lang.upper()}{'' if '-' in lang else '-*'}.csv" for lang in langs]
-    home = fetch("mmmlu", place, wanted)
-    files, archive = mmlu_files(home), home / "data.tar"
-    with tempfile.TemporaryDirectory() as folder:
-        if "en" in langs and "en" not in files and (archive.exists() or not Path(place).is_dir()):
-            if not archive.exists():  # place is a hub's name, and MMMLU leaves English out
-                archive = fetch("mmmlu", "cais/mmlu", ["data.tar"]) / "data.tar"
-            unpack(archive, Path(folder))
-            files |= mmlu_files(Path(folder))
-        tables, sizes, taken = {}, {}, {}
-        for lang in langs:
-            sources = files.get(lang.lower(), {})
-            if not sources:
-                there = ", ".join(sorted(files)) or "no " + " and no ".join(wanted)
-                hint = "; English is the original MMLU, its CSV files or data.tar in the folder"
-                hint *= lang == "en"
-                raise InputError(
-                    f"{place} has no language {lang!r} that was found; it has {there}{hint}"
-                )
-            if len(sources) > 1:
-                more = f"{' and '.join(sources)}; name the locale, or keep one"
-                raise InputError(f"{place} has {lang!r} more than once: {more}")
-            ((source, parts),) = sources.items()
-            if (twin := taken.setdefault(source, lang)) != lang:
-                raise InputError(f"--langs: {twin} and {lang} are both {source}")
-            try:
-                found = [row for path, subject in parts for row in mmlu_rows(path, subject)]
-            except InputError as error:
-                raise InputError(str(error).replace(folder, str(archive))) from error
-            tables[lang] = unique(found)
-            sizes[lang] = Counter(row.subject for _, row in found)
-            for subject in sizes[lang].keys() & sizes[langs[0]].keys():
-                n, first = sizes[lang][subject], sizes[langs[0]][subject]
-                if n != first:
-                    counts = f"{subject} has {n} rows in {lang}, {first} in {langs[0]}"
-                    raise InputError(f"{place}: {counts}; row n must be one question")
-        yield from align(place, tables, say, most=0.5)  # of unrelated rows three in four differ
+    files = mmlu_files(folder_at(place))
+    tables, sizes, taken = {}, {}, {}
+    for lang in langs:
+        sources = files.get(lang.lower(), {})
+        if not sources:
+            there = ", ".join(sorted(files)) or "no mmlu_XX-YY.csv and no <subject>_test.csv"
+            hint = "; English is the original MMLU: put its <subject>_test.csv in the folder"
+            hint *= lang == "en"
+            raise InputError(f"{place} has no language {lang!r}; it has {there}{hint}")
+        if len(sources) > 1:
+            more = f"{' and '.join(sources)}; name the locale, or keep one"
+            raise InputError(f"{place} has {lang!r} more than once: {more}")
+        ((source, parts),) = sources.items()
+        if (twin := taken.setdefault(source, lang)) != lang:
+            raise InputError(f"--langs: {twin} and {lang} are both {source}")
+        found = [row for path, subject in parts for row in mmlu_rows(path, subject)]
+        tables[lang] = by_id(found)
+        sizes[lang] = Counter(row.subject for _, row in found)
+        for subject in sizes[lang].keys() & sizes[langs[0]].keys():
+            n, first = sizes[lang][subject], sizes[langs[0]][subject]
+            if n != first:
+                counts = f"{subject} has {n} rows in {lang}, {first} in {langs[0]}"
+                raise InputError(f"{place}: {counts}; row n must be one question")
+    yield from align(place, tables, print0, most=0.5)  # of unrelated rows three in four differ
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """The test files of the original MMLU; names are cut to their last part, links passed over."""
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and member.name.endswith("_test.csv"):
-                    content = tar.extractfile(member).read()
-                    (folder / Path(member.name).name).write_bytes(content)
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise InputError(f"{archive}: {error}") from error
+def folder_at(place: str) -> Path:
+    """The folder; raises InputError where there is none."""
+    if not Path(place).is_dir():
+        fetch = "hf download NAME --repo-type dataset --local-dir DIR"
+        raise InputError(f"{place}: no such folder; one of the hub comes by: {fetch}")
+    return Path(place)
 
 
 def mmlu_files(folder: Path) -> dict[str, dict[str, list[tuple[Path, str]]]]:
@@ -527,10 +482,11 @@ def mmlu_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
     letters = ["A", "B", "C", "D"]
     if subject:
         names = ["question", *letters, "letter of the answer"]
-        numbered = [(at, str(n), *row, subject) for n, (at, row) in enumerate(rows(path, names))]
+        rows = enumerate(csv_rows(path, names))
+        numbered = [(where, str(n), *row, subject) for n, (where, row) in rows]
     else:
         names = ["row of the subject", "Question", *letters, "Answer", "Subject"]
-        numbered = [(where, *row) for where, row in rows(path, names)]
+        numbered = [(where, *row) for where, row in csv_rows(path, names)]
         if not numbered or list(numbered.pop(0)[2:]) != names[1:]:
             raise InputError(f"{path}, line 1: the header is not {', '.join(names)}")
     for where, n, question, *options, key, subject in numbered:
@@ -540,7 +496,7 @@ def mmlu_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
         yield f"{subject}/{n}", Row(where, subject, question, options, key.strip())
 
 
-def unique(found: Iterable[tuple[str, Row]]) -> dict[str, Row]:
+def by_id(found: Iterable[tuple[str, Row]]) -> dict[str, Row]:
     """Rows by their ids; raises InputError where an id comes twice."""
     table = {}
     for id, row in found:
@@ -550,12 +506,12 @@ def unique(found: Iterable[tuple[str, Row]]) -> dict[str, Row]:
     return table
 
 
-def load_xcsqa(place: str, langs: list[str], say: Say) -> Loaded:
+def load_xcsqa(place: str, langs: list[str], print0: Callable) -> Loaded:
     """X-CSQA, `[X-CSQA/]<lang>/dev.jsonl`, joined on id; without any, the blind `test.jsonl`.
 
     The published files permute the options of each language, which is refused (see `align`).
     """
-    folder, found = fetch("xcsqa", place, [f"*X-CSQA/{lang}*/*.jsonl" for lang in langs]), {}
+    folder, found = folder_at(place), {}
     for root in (folder, folder / "X-CSQA", folder / "X-CSR_datasets" / "X-CSQA"):
         for path in root.glob("*/*.jsonl"):
             lang = "ja" if path.parent.name == "jap" else path.parent.name
@@ -569,8 +525,8 @@ def load_xcsqa(place: str, langs: list[str], say: Say) -> Loaded:
                 "no X-CSQA/<lang>/dev.jsonl; unpack the authors' xcsr_datasets.zip and name that"
             )
             raise InputError(f"{place} has no language {lang!r} ({lang}/dev.jsonl); it has {there}")
-        tables[lang] = unique(xcsqa_rows(found[lang, part]))
-    yield from align(place, tables, say, most=0.01)
+        tables[lang] = by_id(xcsqa_rows(found[lang, part]))
+    yield from align(place, tables, print0, most=0.01)
 
 
 def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -593,13 +549,13 @@ def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
         yield id, row
 
 
-def load_jsonl(place: str, langs: list[str], say: Say) -> Loaded:
+def load_jsonl(place: str, langs: list[str], print0: Callable) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
 
-    def latin(character: str) -> bool:
+    def is_latin(character: str) -> bool:
         return character.isascii() and character.isalpha()
 
-    path, lines, glued = Path(place), {}, 0
+    path, lines, run_together = Path(place), {}, 0
     same = lru_cache(2**16)(str)  # of the last 65,536 answers, those that are equal are kept once
     wanted = {"id": str | int, "subject": str, "gold": int | None, "prompts": dict, "answers": dict}
     for number, (where, fields) in enumerate(json_lines(path), 1):
@@ -623,14 +579,14 @@ def load_jsonl(place: str, langs: list[str], say: Say) -> Loaded:
             raise InputError(f"{where}: id {id!r} stands at {path}, line {first} already")
         prompts = {lang: prompts[lang] for lang in langs}
         answers = {lang: tuple(map(same, answers[lang])) for lang in langs}
-        glued += any(
-            latin(prompts[lang][-1:]) and any(latin(answer[:1]) for answer in answers[lang])
+        run_together += any(
+            is_latin(prompts[lang][-1:]) and any(is_latin(answer[:1]) for answer in answers[lang])
             for lang in langs
         )
         yield where, Question(id, same(given["subject"]), given["gold"], prompts, answers)
-    if glued:
-        begin = "which is appended as it is written; begin the answer with a space?"
-        say(f"{place}: in {glued} questions a word of the prompt runs into an answer, {begin}")
+    if run_together:
+        found = f"in {run_together} questions a word of the prompt runs into an answer"
+        print0(f"{place}: {found}, which is appended as written; begin it with a space?")
 
 
 LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu, "xcsqa": load_xcsqa}

@@ -136,14 +136,14 @@ class Pack(NamedTuple):
     """
 
     token: Tensor  # (R, C) token ids
-    depth: Tensor  # (R, C) depth of a token in its tree: its position
+    position: Tensor  # (R, C) depth of a token in its tree: its position id
     segment: Tensor  # (R, C) the prefix or the answer that a token belongs to; -1 for padding
     prefix: Tensor  # (R, C) the segment that is its tree's prefix
-    keep: Tensor  # the columns whose logits are needed
-    row: Tensor  # (S,) with `place`: where the logits lie that predict the scored token
-    place: Tensor  # (S,) index into `keep`
+    logit_cols: Tensor  # the columns whose logits are needed
+    row: Tensor  # (S,) with `logit_index`: where the logits lie that predict the scored token
+    logit_index: Tensor  # (S,) index into `logit_cols`
     target: Tensor  # (S,) the token scored
-    slot: Tensor  # (S,) the answer it belongs to: tree K + candidate
+    answer_index: Tensor  # (S,) the answer it belongs to: tree K + candidate
     shape: tuple[int, int]  # T, K
 
 
@@ -154,28 +154,29 @@ def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = Tr
     than K answers ends in -inf. `packed=False` feeds each answer with its prompt as a row of its
     own, for models that do not take the mask (see `packs_exactly`).
     """
-    config = getattr(model, "module", model).config.get_text_config()
+    config = model.config.get_text_config()
     weight = next(model.parameters())
     batch = trees if isinstance(trees, Pack) else pack(trees, config.hidden_size, packed)
     *tensors, (T, K) = batch
-    token, depth, segment, prefix, *where = (x.to(weight.device) for x in tensors)
+    token, position, segment, prefix, *where = (x.to(weight.device) for x in tensors)
     mask = (segment >= 0).long()
     if packed:  # a token sees its own segment and its tree's prefix, no deeper than itself
-        above = depth[:, None, :] <= depth[:, :, None]  # (R, C, C): query, key
+        above = position[:, None, :] <= position[:, :, None]  # (R, C, C): query, key
         own, shared = (segment[:, None, :] == x[:, :, None] for x in (segment, prefix))
-        mask = attention_masks(config, above & (own | shared), depth, weight.dtype)
-    keep, row, place, target, slot = where
-    fed = {"input_ids": token, "attention_mask": mask, "position_ids": depth}
-    logits = model(**fed, logits_to_keep=keep, use_cache=False).logits  # (R, kept, vocabulary)
+        mask = attention_masks(config, above & (own | shared), position, weight.dtype)
+    logit_cols, row, logit_index, target, answer_index = where
+    fed = {"input_ids": token, "attention_mask": mask, "position_ids": position}
+    # (R, kept columns, vocabulary)
+    logits = model(**fed, logits_to_keep=logit_cols, use_cache=False).logits
     log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # row by row: less room
-    logps = logits[row, place, target].float() - log_sum[row, place]  # (S,)
+    logps = logits[row, logit_index, target].float() - log_sum[row, logit_index]  # (S,)
     answers = torch.full((T * K,), -torch.inf, device=weight.device)
-    answers[slot] = 0.0
-    return answers.index_add(0, slot, logps).view(T, K)
+    answers[answer_index] = 0.0
+    return answers.index_add(0, answer_index, logps).view(T, K)
 
 
 def pack(trees: Sequence, hidden_size: int, packed: bool = True) -> Pack:
-    """Trees as rows: (prefix, branches, lead) each, as data.Tree has them.
+    """Trees as rows: (prefix, branches, prompt_len) each, as data.Tree has them.
 
     That is the token ids that all answers share, each answer's own, and how many of those at a
     branch's start still belong to the prompt and so score nothing. A row holds whole trees; a token
@@ -186,43 +187,44 @@ def pack(trees: Sequence, hidden_size: int, packed: bool = True) -> Pack:
     units = [(tree, list(enumerate(tree.branches, t * K))) for t, tree in enumerate(trees)]
     if not packed:
         units = [(tree, [answer]) for tree, answers in units for answer in answers]
-    tokens, scored, sizes = [], [], []  # (token, depth, segment, prefix), (parent, target, slot)
+    # of each token: token, position, segment, prefix; of each scored one: parent, target, answer
+    tokens, scored, sizes = [], [], []
     for tree, answers in units:
         root, n = len(tokens), len(tree.prefix)  # a segment is named by its first token's number
-        tokens += [(token, depth, root, root) for depth, token in enumerate(tree.prefix)]
-        for slot, branch in answers:
+        tokens += [(token, at, root, root) for at, token in enumerate(tree.prefix)]
+        for answer, branch in answers:
             start = len(tokens)
             parents = [root + n - 1, *range(start, start + len(branch) - 1)]
-            scored += [*zip(parents, branch, repeat(slot))][tree.lead :]
-            tokens += [(token, depth, start, root) for depth, token in enumerate(branch[:-1], n)]
+            scored += [*zip(parents, branch, repeat(answer))][tree.prompt_len :]
+            tokens += [(token, at, start, root) for at, token in enumerate(branch[:-1], n)]
         sizes.append(len(tokens) - root)
-    token, depth, segment, prefix = torch.tensor(tokens).T  # (N,) each
-    parent, target, slot = torch.tensor(scored).T  # (S,) each; `parent` predicts `target`
+    token, position, segment, prefix = torch.tensor(tokens).T  # (N,) each
+    parent, target, answer_index = torch.tensor(scored).T  # (S,) each; `parent` predicts `target`
 
     # A model computes logits for the same columns of every row. Under an explicit mask the order
     # within a row is free, so the tokens that predict something come first.
-    rows = torch.tensor(spread(sizes, hidden_size) if packed else range(len(units)))
+    rows = torch.tensor(assign_rows(sizes, hidden_size) if packed else range(len(units)))
     row = rows.repeat_interleave(torch.tensor(sizes))
     later = torch.ones_like(token).index_fill(0, parent, 0) * packed
     rank = (2 * row + later).argsort(stable=True).argsort()
     length = row.bincount()  # tokens in each row
     column = rank - (length.cumsum(0) - length)[row]
-    keep, place = column[parent].unique(return_inverse=True)
+    logit_cols, logit_index = column[parent].unique(return_inverse=True)
 
     def grid(values: Tensor, fill: int) -> Tensor:  # (N,) -> (R, C)
         out = torch.full((len(length), int(length.max())), fill)
         return out.index_put_((row, column), values)
 
-    grids = map(grid, (token, depth, segment, prefix), (0, 0, -1, -1))
-    return Pack(*grids, keep, row[parent], place, target, slot, (len(trees), K))
+    grids = map(grid, (token, position, segment, prefix), (0, 0, -1, -1))
+    return Pack(*grids, logit_cols, row[parent], logit_index, target, answer_index, (len(trees), K))
 
 
 def attention_masks(
-    config: "PretrainedConfig", sees: Tensor, depth: Tensor, dtype: torch.dtype
+    config: "PretrainedConfig", sees: Tensor, position: Tensor, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
     """What `sees` allows, as a model takes it: 0 or the lowest number, added to attention scores.
 
-    sees: (rows, columns, columns) bool, query by key; depth: (rows, columns). A bool mask would
+    sees: (rows, columns, columns) bool, query by key; position: (rows, columns). A bool mask would
     fail under `eager`. Layers with a sliding window see no further back than it; where a model
     mixes kinds of layers (Gemma 2 and 3, Cohere2) it takes a mask for each kind.
     """
@@ -231,12 +233,12 @@ def attention_masks(
     full = (~sees)[:, None].to(dtype) * lowest
     if not window or kinds and "sliding_attention" not in kinds:
         return full
-    near = sees & (depth[:, :, None] - depth[:, None, :] < window)
+    near = sees & (position[:, :, None] - position[:, None, :] < window)
     near = (~near)[:, None].to(dtype) * lowest
     return {"full_attention": full, "sliding_attention": near} if kinds else near
 
 
-def spread(sizes: Sequence[int], hidden_size: int) -> list[int]:
+def assign_rows(sizes: Sequence[int], hidden_size: int) -> list[int]:
     """The row of each tree, such that all cost least: a token W in attention, 6 d in the rest.
 
     One long row has no padding but multiplies every token with every other; many rows pad. For each

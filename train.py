@@ -2,23 +2,28 @@
 
 Covers Eqs. 11 and 15 as they are trained (section 4.4, Apps. G and H) and what the paper compares
 them with (section 6.1): one reference pass, after which r_ALIGN is a table of numbers and DCO a
-regression on it; then the step, one screen long; then the report. Whatever kills it, it goes on
-from what it has kept. Leaves out the equations (dco.py) and the measures (rankc.py).
+regression on it; then the loop, one screen long; then the report. Leaves out the equations
+(dco.py), the data sets (data.py) and the measures (rankc.py).
 """
 
+import ctypes
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import partial
 from itertools import count, islice, permutations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 try:
     import torch
@@ -32,130 +37,215 @@ try:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
+    from tqdm import tqdm
     from transformers import PreTrainedTokenizerBase, get_scheduler
 except ImportError as error:  # no environment, or an old one
-    from data import NEEDED
-
-    raise SystemExit(f"error: {error}; needed are {NEEDED}") from None
+    raise SystemExit(f"error: {error}; `pip install -e .` in this folder brings it") from None
 
 import data
 import dco
 import rankc
 from data import InputError, Question
 from dco import completion_logps
-from rankc import Halt, on_first, option, progress
 
-RATES = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
+# ------------------------------------------------------------------------------------- the settings
+
+LR = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
+# What --eval_only takes from the run that left --model, unless the command line says otherwise.
+OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
+OF_THE_RUN += "train_subjects test_subjects"
+# Settings that may change where a run is resumed: they move nothing but rounding.
+FREE = "out resume save_every log_every max_tokens gradient_checkpointing shard device timeout"
+UNUSED = {  # settings that --eval_only, or a --method, has no use of
+    "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
+    "candidates grad_clip gradient_checkpointing save_every resume log_every",
+    "--method sft": "trust gamma objective candidates pairs_per_question beta",
+    "--method dpo": "trust gamma objective candidates",
+    "--method calm": "trust gamma objective candidates pairs_per_question",
+}
+AT_LEAST = {"max_tokens": 1, "epochs": 1, "batch_questions": 1, "pairs_per_question": 1}
+AT_LEAST |= {"log_every": 1, "candidates": 2, "save_every": 0, "grad_clip": 0, "warmup": 0}
+
+
+def opt(default: Any, text: str) -> Any:
+    """A field of the configuration whose help is `text`."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
-class Config(rankc.EvalConfig):
+class Config:
     """Train a multilingual language model by Direct Consistency Optimization, or by what the paper
     compares it with. The defaults are the paper's; without --model a tiny model is made on the
     spot, with defaults of its own."""
 
-    method: str = option(
-        "dco",
-        "dco; sft: the gold answer in every language; dpo: the gold answer over a random other; "
-        "calm: the majority's answer over a language's own. DPO, then DCO: --model DPO-RUN",
-        choices=list(RATES),
+    model: str = opt("", "folder, or hub name, of a causal language model")
+    data: str | None = opt(None, "atlas (the default), or bmlama, mmmlu, xcsqa:DIR, or jsonl:FILE")
+    langs: list[str] | None = opt(None, "languages, as the data names them (default: en fr es sw)")
+    out: str = opt("", "new or empty folder for what is written (default: runs/1, runs/2, ...)")
+    eval_only: bool = opt(False, "judge the model, of a run on that run's questions; train nothing")
+    method: Literal["dco", "sft", "dpo", "calm"] = opt("dco", "what is trained (section 6.1)")
+    objective: Literal["joint", "pairwise"] = opt(
+        "joint", "Eq. 15, or pairs of languages at random"
     )
-    objective: str = option(
-        "joint",
-        "each language's target sums over all others (Eq. 15), or a random pair of languages for "
-        "each question, as the authors' release trains; the same for two languages",
-        choices=["joint", "pairwise"],
+    beta: float | None = opt(None, "strength of the KL term, Eq. 1 (default: 1; dpo and calm: 0.1)")
+    trust: list[str] | None = opt(None, "LANG=WEIGHT where it is not 1; a trusted one moves less")
+    gamma: list[str] | None = opt(None, "instead: gamma_1 gamma_2 of Eq. 6, or a JSON matrix")
+    lr: float | None = opt(None, "learning rate (App. G: dco 1e-5, sft 5e-7, dpo and calm 5e-6)")
+    schedule: Literal["linear", "cosine", "constant"] = opt(
+        "linear", "how it falls to 0, if at all"
     )
-    lr: float = option(RATES["dco"], "rate of AdamW (App. G); sft 5e-7, dpo and calm 5e-6")
-    schedule: str = option(
-        "linear", "how the rate falls to zero, if at all", choices=["linear", "cosine", "constant"]
+    warmup: float = opt(0.0, "share of the steps in which the learning rate rises")
+    epochs: int | None = opt(None, "passes over the training questions (default: 1)")
+    batch_questions: int | None = opt(None, "questions in a step, over all processes (default: 4)")
+    pairs_per_question: int | None = opt(None, "draws from each question (App. H: 1; X-CSQA: 7)")
+    candidates: int | None = opt(None, "candidates in a draw, or all that there are (default: 2)")
+    seed: int = opt(0, "seed of the draws, their order and the embedded model")
+    grad_clip: float = opt(1.0, "largest gradient norm; 0 for none")
+    train_questions: int | None = opt(None, "to train on (App. H: 5000; X-CSQA: 800; atlas: 160)")
+    test_questions: int | None = opt(None, "held-out questions (default: all others)")
+    train_subjects: list[str] | None = opt(None, "train on these subjects alone (section 6.3)")
+    test_subjects: list[str] | None = opt(None, "report on these subjects; each has its row")
+    split_seed: int | None = opt(None, "seed of the split (default: 0)")
+    score: Literal["sum", "mean", "string"] | None = opt(
+        None, "rank by the sum of the answer's log-probs, their mean, or the mean with the prompt's"
     )
-    warmup: float = option(0.0, "share of the steps in which the rate rises")
-    epochs: int = option(1, "passes over the training questions")
-    batch_questions: int = option(4, "questions in an optimizer step, over all processes")
-    pairs_per_question: int = option(1, "draws from each question (App. H: 7 of X-CSQA)")
-    candidates: int = option(2, "candidates in a draw; a question with fewer gives all it has")
-    seed: int = option(0, "seed of the draws, their order and the embedded model")
-    grad_clip: float = option(1.0, "largest gradient norm; 0 for none")
-    gradient_checkpointing: bool = option(
-        False, "less memory, more time: compute activations twice"
-    )
-    shard: bool = option(False, "FSDP2: split weights, gradients and moments over processes")
-    save_every: int = option(250, "steps between checkpoints, the last two of which stay; 0: none")
-    resume: bool = option(
-        False,
-        "continue the run in --out from its last checkpoint, or begin it: safe to leave on; "
-        "implied where torchrun restarts a run that has --out",
-    )
-    log_every: int = option(1, "steps between lines of log.jsonl")
+    max_tokens: int = opt(2048, "tokens fed at once; lower it where memory runs out")
+    dtype: Literal["float32", "bfloat16"] = opt("float32", "of weights; bfloat16 hardly moves them")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "where to compute")
+    gradient_checkpointing: bool = opt(False, "less memory, more time: activations twice")
+    shard: bool = opt(False, "FSDP2: split weights, gradients and moments over processes")
+    save_every: int = opt(250, "steps between checkpoints, the last two of which stay; 0: none")
+    resume: bool = opt(False, "continue the run in --out, or begin it: safe to leave on")
+    log_every: int = opt(1, "steps between lines of log.jsonl")
+    timeout: float = opt(60.0, "minutes to wait for another process before giving up")
+    trust_remote_code: bool = opt(False, "run code that comes with the model")
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults; raise InputError for what is out of range or has no use."""
+        given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        for name, value in defaults(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, least in AT_LEAST.items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        for name in ("beta", "lr", "timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name} {getattr(self, name)}: must be positive and finite")
+        if self.warmup > 1:
+            raise InputError(f"--warmup {self.warmup}: a share of the steps lies in [0, 1]")
+        if len(self.langs) == 1 and "," in self.langs[0]:
+            raise InputError(f"--langs {self.langs[0]}: separate them by spaces, as en es")
+        what = "--eval_only" if self.eval_only else f"--method {self.method}"
+        if unused := given & set(UNUSED.get(what, "").split()):
+            raise InputError(f"--{min(unused)}: {what} has no use of it; leave it out")
 
 
 def defaults(config: Config) -> dict:
-    """What the method, and the lack of a --model, set where the command line does not.
+    """What is set where the command line leaves it open.
 
     A tiny model takes more steps, and thirty times the paper's rate, whatever the method.
     """
-    found = {"lr": RATES[config.method]}
-    if config.out and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        found["resume"] = True
-    if config.method in ("dpo", "calm"):
-        found["beta"] = 0.1  # as is usual; the paper does not say
-    if config.data.startswith("xcsqa:") and config.method in ("dco", "dpo"):
-        found["pairs_per_question"] = 7  # App. H
+    method, kind = config.method, (config.data or "atlas").partition(":")[0]
+    found = {"data": "atlas", "langs": ["en", "fr", "es", "sw"], "split_seed": 0, "score": "sum"}
+    found |= dict.fromkeys(["trust", "gamma", "train_subjects", "test_subjects"], [])
+    found["beta"] = 0.1 if method in ("dpo", "calm") else 1.0  # 0.1 as usual: the paper gives none
+    found |= {"lr": LR[method], "epochs": 1, "batch_questions": 4, "candidates": 2}
+    found["pairs_per_question"] = 7 if kind == "xcsqa" and method in ("dco", "dpo") else 1  # App. H
     if not config.model:
-        found |= {"lr": 30 * found["lr"], "epochs": 11, "batch_questions": 8}
-        if config.method == "dco":
-            found["candidates"] = 6
-            if "en" in config.langs and not config.gamma:
-                found["trust"] = ["en=2"]
+        found |= {"lr": 30 * LR[method], "epochs": 11, "batch_questions": 8}
+    if not config.model and method == "dco":
+        found["candidates"] = 6
+        if "en" in (config.langs or ["en"]) and not config.gamma:
+            found["trust"] = ["en=2"]
     return found
 
 
-def check_settings(config: Config) -> None:
-    """Raise InputError for settings that do not go together, before anything is read."""
-    method, langs = config.method, config.langs
-    if config.resume and not config.out:
-        raise InputError("--resume needs --out: the folder of the run to continue")
-    if len(langs) < 2:
-        raise InputError("--langs: consistency takes two languages or more")
-    if method == "calm" and len(langs) < 3:
-        shown = " ".join(langs)
-        raise InputError(
-            f"--method calm: a majority takes three languages or more; --langs names {shown}"
-        )
-    idle = ["trust", "gamma", "objective", "candidates"] * (method != "dco")
-    idle += ["pairs_per_question"] * (method in ("sft", "calm")) + ["beta"] * (method == "sft")
-    for name in idle:
-        if getattr(config, name) != getattr(Config(), name):
-            raise InputError(f"--{name}: --method {method} has no use of it; leave it out")
+def parse_config() -> Config:
+    """The command line. Raises InputError for settings that do not exist or do not go together."""
+    parser = transformers.HfArgumentParser(Config, prog="train.py", description=Config.__doc__)
+    given, unknown = parser.parse_known_args()
+    if unknown:
+        raise InputError(f"no such setting: {' '.join(unknown)}; --help lists them")
+    path = Path(given.model, "run.json")
+    if given.eval_only and given.model and path.is_file():
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            for name in OF_THE_RUN.split():
+                if getattr(given, name) is None and not (name == "gamma" and given.trust):
+                    setattr(given, name, run[name])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} was not written by this train.py ({error!r})") from error
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and given.out  # by torchrun
+    given.resume = given.resume or bool(restarted and not given.eval_only)
+    config = Config(**vars(given))
+    least = 3 if config.method == "calm" else 2
+    if len(config.langs) < least:
+        why = f"{config.method} takes {least} languages or more"
+        raise InputError(f"--langs {' '.join(config.langs)}: {why}")
     if not config.model and config.data != "atlas":
         raise InputError(f"--data {config.data} needs --model: without, there is atlas only")
+    if config.resume and not config.out:
+        raise InputError("--resume needs --out: the folder of the run to continue")
+    return config
 
 
-# ----------------------------------------------------------------------------------------- the step
+def gamma_matrix(config: Config) -> Tensor:
+    """gamma (L, L) of --trust or --gamma; warns, with the rank, where Lemma 3 does not hold."""
+    langs, L, weights = config.langs, len(config.langs), dict.fromkeys(config.langs, 1.0)
+    if config.trust and config.gamma:
+        raise InputError("--trust and --gamma say the same thing twice: give one")
+    for item in config.trust:
+        lang, _, weight = item.partition("=")
+        if lang not in langs and weight:
+            raise InputError(f"--trust {item}: {lang!r} is not among --langs {' '.join(langs)}")
+        try:
+            weights[lang] = float(weight)
+        except ValueError:
+            raise InputError(f"--trust {item}: write LANG=NUMBER, as in en=2") from None
+        if not 0 < weights[lang] < math.inf:
+            raise InputError(f"--trust {item}: must be positive and finite")
+    if not config.gamma:
+        trust = torch.tensor(list(weights.values()), dtype=torch.double)
+        return dco.gamma_from_trust(trust, config.beta)
+    try:
+        gamma = torch.tensor([json.loads(item) for item in config.gamma], dtype=torch.double)
+    except (ValueError, TypeError) as error:
+        raise InputError("--gamma: neither two numbers nor a JSON matrix") from error
+    gamma = gamma.squeeze(0) if gamma.ndim == 3 else gamma.diag_embed().flip(-1)
+    finite = bool(((gamma >= 0) & (gamma < math.inf)).all())
+    if gamma.shape != (L, L) or gamma.diagonal().any() or not finite:
+        must = "finite, not negative, with zeros on the diagonal (or two numbers for two languages)"
+        raise InputError(f"--gamma must be {L} x {L} for --langs {' '.join(langs)}, {must}")
+    if not dco.is_consistent(gamma, config.beta):
+        rank = torch.linalg.matrix_rank(gamma / config.beta + torch.eye(L, dtype=torch.double))
+        found = f"Gamma has rank {rank}, not rank 1 with positive entries"
+        print0(f"warning: {found}: pi* need not be consistent (Lemma 3)")
+    return gamma
+
+
+# ---------------------------------------------------------------------------- what a step trains on
 
 
 class Item(NamedTuple):
     """A draw of candidates from one question, with all that a step needs of it."""
 
     trees: list[data.Tree]  # one a language; where a method prefers an answer, that one is first
-    ref: Tensor  # (L, K) nats
+    ref_logps: Tensor  # (L, K) nats
     r_align: Tensor  # (L, K) nats: what DCO's r-hat is to become, up to a constant (Eq. 12)
-    used: list[int]  # the languages it trains
+    trained: list[int]  # the languages that learn from it
     id: str  # of the question
 
 
-def choose(
+def select_candidates(
     question: Question, ref_logps: Tensor, number: int, config: Config
 ) -> tuple[Tensor, list[int]]:
-    """Which candidates each language compares, the preferred first, (L, K), and who trains.
+    """Which candidates each language compares, the preferred first, (L, K), and who is trained.
 
     ref_logps: (L, K) nats of all the question's candidates; CALM alone looks at them.
     """
     L, K = ref_logps.shape
-    used = list(range(L))
+    trained = list(range(L))
     if config.method == "calm":
         winner, own = dco.majority_vote(ref_logps)[0].expand(L), ref_logps.argmax(-1)
         return torch.stack([winner, own], -1), (own != winner).nonzero()[:, 0].tolist()
@@ -163,35 +253,40 @@ def choose(
         chosen = data.sample(question, config.candidates, number, config.seed)
         if config.objective == "pairwise":  # Eq. 11 between two; not Eq. 15 where L > 2
             rng = random.Random(f"pair/{config.seed}/{question.id}/{number}")
-            used = sorted(rng.sample(used, 2))
+            trained = sorted(rng.sample(trained, 2))
     else:
         chosen = [question.gold]
         if config.method == "dpo":
             order = data.sample(question, K, number, config.seed)
             chosen.append(next(k for k in order if k != question.gold))
-    return torch.tensor(chosen).expand(L, -1), used
+    return torch.tensor(chosen).expand(L, -1), trained
 
 
-def poll(questions: list[Question], ref_logps: Tensor, config: Config) -> tuple[list[int], dict]:
-    """The questions in which CALM has a language to train, and what to tell of the vote."""
-    _, tied = dco.majority_vote(ref_logps.transpose(0, 1))  # (Q,)
-    used = [
-        choose(question, ref_logps[:, q, : question.K], 0, config)[1]
+def calm_votes(
+    questions: list[Question], ref_logps: Tensor, config: Config
+) -> tuple[list[int], dict]:
+    """The questions in which CALM has a language to train, and counts of the votes.
+
+    ref_logps: (Q, L, K) nats.
+    """
+    _, tied = dco.majority_vote(ref_logps)  # (Q,)
+    trained = [
+        select_candidates(question, ref_logps[q, :, : question.K], 0, config)[1]
         for q, question in enumerate(questions)
     ]
-    kept = [q for q, languages in enumerate(used) if languages]
-    pairs = {lang: sum(i in languages for languages in used) for i, lang in enumerate(config.langs)}
-    return kept, {"unanimous": len(used) - len(kept), "ties": int(tied.sum()), "pairs": pairs}
+    split = [q for q, languages in enumerate(trained) if languages]
+    pairs = {lang: sum(i in each for each in trained) for i, lang in enumerate(config.langs)}
+    return split, {"unanimous": len(trained) - len(split), "ties": int(tied.sum()), "pairs": pairs}
 
 
-def draw(
+def make_batches(
     questions: list[Question],
     trees: list[list[data.Tree]],
     ref_logps: Tensor,
     gamma: Tensor,
     config: Config,
 ) -> Iterator[list[Item]]:
-    """The items of each step, functions of seed and ids alone. ref_logps: (L, Q, K) nats."""
+    """The items of each step, functions of seed and ids alone. ref_logps: (Q, L, K) nats."""
     L, size = len(config.langs), config.batch_questions
     for epoch in range(config.epochs):
         every = range(config.pairs_per_question)
@@ -200,22 +295,22 @@ def draw(
         for batch in (order[first : first + size] for first in range(0, len(order), size)):
             items = []
             for q, number in batch:
-                table = ref_logps[:, q, : questions[q].K]
-                chosen, used = choose(questions[q], table, number, config)
+                table = ref_logps[q, :, : questions[q].K]  # (L, K) of all its candidates
+                chosen, trained = select_candidates(questions[q], table, number, config)
                 ref = torch.full((L, config.candidates), -torch.inf)
                 ref[:, : chosen.shape[1]] = table.gather(-1, chosen)
-                trains = torch.zeros(L).index_fill(0, torch.tensor(used), 1.0)
-                experts = gamma * trains * trains[:, None]  # of the languages that train
+                learns = torch.zeros(L).index_fill(0, torch.tensor(trained), 1.0)
+                experts = gamma * learns * learns[:, None]  # of the languages that are trained
                 pruned = [
                     tree._replace(branches=[tree.branches[k] for k in row])
                     for tree, row in zip(trees[q], chosen.tolist(), strict=True)
                 ]
                 r_align = dco.align_reward(ref, experts)
-                items.append(Item(pruned, ref, r_align, used, questions[q].id))
+                items.append(Item(pruned, ref, r_align, trained, questions[q].id))
             yield items
 
 
-def term(logps: Tensor, ref_logps: Tensor, r_align: Tensor, config: Config) -> Tensor:
+def language_loss(logps: Tensor, ref_logps: Tensor, r_align: Tensor, config: Config) -> Tensor:
     """One language's term of the loss: (..., K) each, nats -> (...,)."""
     if config.method == "dco":
         return dco.dco_loss(logps, ref_logps, r_align, config.beta)  # Eq. 11
@@ -224,20 +319,22 @@ def term(logps: Tensor, ref_logps: Tensor, r_align: Tensor, config: Config) -> T
     return dco.dpo_loss(logps, ref_logps, config.beta)  # Eq. 4; CALM is DPO on its votes
 
 
-def optimise(
+# ----------------------------------------------------------------------------------------- the loop
+
+
+def train(
     model: nn.Module,
-    steps: Iterator[list[Item]],
+    batches: Iterator[list[Item]],
     total: int,
     config: Config,
     packed: bool,
     log: Callable[[dict], None],
     folder: Path | None = None,
-    signals: Sequence[int] = (),
 ) -> int:
-    """Minimise the terms, summed over languages, averaged over a step's items; the tokens fed.
+    """Minimise the loss, summed over languages, averaged over a step's items; the tokens fed.
 
-    Begins at the newest checkpoint in `folder`. Raises Halt, with the step saved, once `signals`
-    holds one; and, before it is applied, for a step whose loss or gradient is NaN or infinite.
+    Begins at the newest checkpoint in `folder`. Raises SystemExit, with the step saved, after
+    SIGTERM or Ctrl-C, and, before it is taken, for a step whose loss or gradient is not finite.
     """
     world, device = dist.get_world_size(), next(model.parameters()).device
     model.train()  # for checkpointing; load_model has put dropout at zero
@@ -248,49 +345,92 @@ def optimise(
     kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(kind, optimizer, round(config.warmup * total), total)
     state = load_checkpoint(folder, model, optimizer, scheduler) if folder else {}
-    done, tokens, note = state.get("step", 0), state.get("tokens", 0), {}
-    steps, mixed = islice(steps, done, None), rankc.autocast(config, device)
-    width = model.config.get_text_config().hidden_size
-    for step, items in enumerate(progress(steps, "train", total, note, done), done + 1):
-        ref = torch.stack([item.ref for item in items]).to(device)  # (B, L, K)
-        r_align = torch.stack([item.r_align for item in items]).to(device)  # (B, L, K)
-        logps, losses = torch.full_like(ref, -torch.inf), torch.zeros_like(ref[..., 0])  # (B, L)
-        for b, i, batch, weight in turns(items, config, packed, width):
-            with mixed:
-                got = completion_logps(model, batch, packed)  # (T, K)
-            K = got.shape[-1]
-            loss = term(got, ref[b, i, :K], r_align[b, i, :K], config)  # (T,)
-            (weight * loss.sum()).backward()
-            if weight:
-                logps[b, i, :K], losses[b, i] = got.detach(), loss.detach()
-        sum_gradients(weights, config)
-        norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or torch.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        heard = losses.new_tensor([signal.SIGTERM in signals, signal.SIGINT in signals])
-        told = torch.cat([losses.flatten(), heard, ~norm.isfinite().view(1)])
-        if world > 1:
-            dist.all_reduce(told)  # all know each loss, and stop at the same step
-        *each, sigterm, sigint, broken, norm = torch.cat([told, norm.view(1)]).tolist()  # one wait
-        losses = torch.tensor(each).view(losses.shape)
-        if broken or not losses.isfinite().all():
-            raise diverged(step, items, losses, config)
-        rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        tokens += sum(item.trees[i].tokens(packed) for item in items for i in item.used)
-        if step % config.log_every == 0 or step == total:
-            note["loss"] = float(losses.sum() / len(items))
-            seen = watch(logps, ref, r_align, losses, config)
-            log({"step": step, "loss": note["loss"], **seen, "grad_norm": norm, "lr": rate})
-        stop = sigterm and signal.SIGTERM or sigint and signal.SIGINT
-        due = config.save_every and (step % config.save_every == 0 or step == total)
-        if folder and (stop or due):
-            state = {"step": step, "tokens": tokens}
-            save_checkpoint(folder, model, optimizer, scheduler, state)
-        if stop:
-            raise Halt(f"stopped by {stop.name}: step {step} of {total} is saved", 128 + stop)
+    done, tokens, shown = state.get("step", 0), state.get("tokens", 0), {}
+    steps, mixed = islice(batches, done, None), autocast(config, device)
+    steps = progress(steps, "train", total, shown, done)
+    with stop_flags() as flags:
+        for step, items in enumerate(steps, done + 1):
+            ref = torch.stack([item.ref_logps for item in items])  # (B, L, K)
+            r_align = torch.stack([item.r_align for item in items])  # (B, L, K)
+            targets = torch.stack([ref, r_align]).to(device)
+            logps, losses = torch.zeros_like(targets[0]), torch.zeros_like(targets[0, ..., 0])
+            for b, i, batch, weight in local_microbatches(model, items, config, packed):
+                with mixed:
+                    got = completion_logps(model, batch, packed)  # (T, K)
+                K = got.shape[-1]
+                loss = language_loss(got, *targets[:, b, i, :K], config)  # (T,)
+                (weight * loss.sum()).backward()
+                if weight:
+                    logps[b, i, :K], losses[b, i] = got.detach(), loss.detach()
+            sum_gradients(weights, config)
+            norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or torch.inf)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            reduced = torch.cat([losses.flatten(), logps.flatten(), losses.new_tensor(flags)])
+            if world > 1:
+                dist.all_reduce(reduced)  # each entry is zero but on one process
+            reduced = torch.cat([reduced, norm.view(1)]).cpu()  # the one wait for a GPU in a step
+            sizes = losses.numel(), logps.numel(), 1, 1, 1
+            losses, logps, terminated, interrupted, norm = reduced.split(sizes)
+            losses, logps = losses.view(ref.shape[:2]), logps.view(ref.shape)
+            if not (losses.isfinite().all() and norm.isfinite()):
+                raise diverged(step, items, losses)
+            lr = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            tokens += sum(item.trees[i].tokens(packed) for item in items for i in item.trained)
+            if step % config.log_every == 0 or step == total:
+                metrics = step_metrics(items, logps, ref, r_align, losses, config)
+                shown["loss"] = metrics["loss"]
+                log({"step": step, **metrics, "grad_norm": float(norm), "lr": lr})
+            stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
+            due = config.save_every and (step % config.save_every == 0 or step == total)
+            if folder and (stop or due):
+                state = {"step": step, "tokens": tokens, "scheduler": scheduler.state_dict()}
+                save_checkpoint(folder, model, optimizer, state)
+            if stop:
+                print0(f"stopped by {stop.name}: step {step} of {total} is saved{CONTINUE}")
+                raise SystemExit(128 + stop)
     return tokens
+
+
+def local_microbatches(
+    model: nn.Module, items: list[Item], config: Config, packed: bool
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dco.Pack, float]]:
+    """What this process feeds: of each micro-batch's T rows the items b and the languages i, the
+    rows packed, and the weight of their terms.
+
+    Under --shard all processes gather a layer's weights together, so all take as many
+    micro-batches: one that has no more to feed feeds a row of weight zero.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    groups = [assign_microbatches(items, config, packed, each, world) for each in range(world)]
+    mine, scale = groups[rank], 1.0
+    if config.shard:
+        mine += [[]] * (max(map(len, groups)) - len(mine))
+        scale = world  # FSDP takes the mean over processes
+    for rows in mine:
+        weight = scale / len(items) if rows else 0.0
+        rows = rows or [(0, items[0].trained[0])]
+        trees = [items[b].trees[i] for b, i in rows]
+        batch = dco.pack(trees, model.config.get_text_config().hidden_size, packed)
+        yield *zip(*rows, strict=True), batch, weight
+
+
+def assign_microbatches(
+    items: list[Item], config: Config, packed: bool, rank: int, world: int
+) -> list[list[tuple[int, int]]]:
+    """What a process feeds at once: rows (item, language), of which each is a term.
+
+    Rows are dealt longest first, to the first process and on to the last, then from the last to
+    the first, so that none waits long for another.
+    """
+    rows = [(b, i) for b, item in enumerate(items) for i in item.trained]
+    rows.sort(key=lambda row: -items[row[0]].trees[row[1]].tokens(packed))
+    turns = rank, 2 * world - 1 - rank
+    mine = [row for n, row in enumerate(rows) if n % (2 * world) in turns]
+    trees = [items[b].trees[i] for b, i in mine]
+    return [[mine[n] for n in group] for group in data.batches(trees, config.max_tokens, packed)]
 
 
 def sum_gradients(weights: list[nn.Parameter], config: Config) -> None:
@@ -303,92 +443,335 @@ def sum_gradients(weights: list[nn.Parameter], config: Config) -> None:
             pending.wait()
 
 
-def turns(
-    items: list[Item], config: Config, packed: bool, width: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dco.Pack, float]]:
-    """What this process feeds, a micro-batch a turn.
-
-    Of its T rows the items b and the languages i, the rows packed, and the weight of their terms.
-    Under --shard all processes gather a layer's weights together, so all take as many turns: one
-    that has no more to feed feeds a row that counts nothing.
-    """
-    world = dist.get_world_size()
-    shares = micro_batches(items, config, packed, world)
-    mine, scale = shares[dist.get_rank()], 1.0
-    if config.shard:
-        mine += [[]] * (max(map(len, shares)) - len(mine))
-        scale = world  # FSDP takes the mean over processes
-    for rows in mine:
-        weight = scale / len(items) if rows else 0.0
-        rows = rows or [(0, items[0].used[0])]
-        batch = dco.pack([items[b].trees[i] for b, i in rows], width, packed)
-        yield *zip(*rows, strict=True), batch, weight
-
-
-def micro_batches(
-    items: list[Item], config: Config, packed: bool, world: int
-) -> list[list[list[tuple[int, int]]]]:
-    """Of each process, what it feeds at once: rows (item, language), of which each is a term.
-
-    Rows are dealt longest first, to the first process and on to the last, then from the last to
-    the first, so that none waits long for another.
-    """
-    rows = [(b, i) for b, item in enumerate(items) for i in item.used]
-    rows.sort(key=lambda row: -items[row[0]].trees[row[1]].tokens(packed))
-    shares = []
-    for rank in range(world):
-        mine = [
-            row for n, row in enumerate(rows) if n % (2 * world) in (rank, 2 * world - 1 - rank)
-        ]
-        trees = [items[b].trees[i] for b, i in mine]
-        groups = data.batches(trees, config.max_tokens, packed)
-        shares.append([[mine[g] for g in group] for group in groups])
-    return shares
-
-
-def diverged(step: int, items: list[Item], losses: Tensor, config: Config) -> Halt:
+def diverged(step: int, items: list[Item], losses: Tensor) -> SystemExit:
     """The end of a run at a step that cannot be taken; losses: (B, L)."""
     bad = [item for item, row in zip(items, losses, strict=True) if not row.isfinite().all()]
     ids = ", ".join(dict.fromkeys(repr(item.id) for item in bad or items))
     where = f"the loss of question {ids}" if bad else f"the gradient of questions {ids}"
-    found = f"error: step {step}: {where} is NaN or infinite; the step was not taken, and the "
-    instead = "a lower --lr" + " or --dtype float32" * (config.dtype != "float32")
-    return Halt(f"{found}checkpoints before it stay. Begin anew with {instead}", resume=False)
+    left = "the step was not taken, and the checkpoints before it stay"
+    return fail(f"step {step}: {where} is NaN or infinite; {left}. Begin anew with a lower --lr")
 
 
-def watch(logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, config: Config) -> dict:
+def step_metrics(
+    items: list[Item], logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, config: Config
+) -> dict:
     """What the log shows of a step; margins are of the first two answers.
 
-    logps, ref, r_align: (B, L, K); losses: (B, L), 0 where a language does not train.
+    logps, ref, r_align: (B, L, K); losses: (B, L), 0 where a language is not trained.
     """
-    if dist.get_world_size() > 1:
-        dist.all_reduce(logps, op=dist.ReduceOp.MAX)  # -inf but where a process has scored
-    logps, ref, r_align = logps.cpu(), ref.cpu(), r_align.cpu()  # else a GPU is asked ten times
-    used = logps[..., 0].isfinite()  # (B, L)
+    L, found = len(config.langs), {"loss": float(losses.sum() / len(items))}
+    used = torch.tensor([[i in item.trained for i in range(L)] for item in items])  # (B, L)
     mean = dict(zip(config.langs, losses.sum(0) / used.sum(0).clamp(min=1), strict=True))
     if config.method == "sft":
-        return {f"loss/{lang}": float(value) for lang, value in mean.items()}
+        return found | {f"loss/{lang}": float(value) for lang, value in mean.items()}
     r_hat = dco.implicit_reward(logps, ref, config.beta)
     margin, target = (x[..., 0] - x[..., 1] for x in (r_hat, r_align))  # (B, L)
     if config.method != "dco":
         right = (margin[used] > 0).float().mean()
-        return {"rewards/margin": float(margin[used].mean()), "rewards/accuracy": float(right)}
+        return found | {
+            "rewards/margin": float(margin[used].mean()),
+            "rewards/accuracy": float(right),
+        }
     first = logps[..., 0] > logps[..., 1]
-    a, b = torch.triu_indices(len(config.langs), len(config.langs), 1)
+    a, b = torch.triu_indices(L, L, 1)
     alike = (first[:, a] == first[:, b])[used[:, a] & used[:, b]]
-    return {
-        **{f"residual/{lang}": float(value / config.beta) for lang, value in mean.items()},  # nats
+    found |= {
+        f"residual/{lang}": float(value / config.beta) for lang, value in mean.items()
+    }  # nats
+    return found | {
         "rewards/margin": float((margin * target.sign())[used].mean()),  # towards the target
         "rewards/target": float(target[used].abs().mean()),
         "consistent": float(alike.float().mean()),
     }
 
 
-# -------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------- processes, and how they end
 
-# Settings that may change where a run is resumed: they move nothing but rounding.
-FREE = {"out", "resume", "save_every", "log_every", "max_tokens", "gradient_checkpointing", "shard"}
-FREE |= {"device", "timeout"}
+CONTINUE = "; the same command with --resume continues from the last checkpoint"
+
+
+def init_distributed(config: Config) -> torch.device:
+    """Join the process group that torchrun's environment describes, or make one of one process."""
+    device = "cpu" if not config.model else config.device
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available["cpu"] = True
+    if device == "auto":
+        device = next(name for name, there in available.items() if there)
+    if not available[device]:
+        raise InputError(f"--device {device}: this torch sees no such device; use auto or cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if device == "cpu":
+        reuse_memory()
+    transformers.utils.logging.disable_progress_bar()  # one bar at a time
+    timeout = timedelta(minutes=config.timeout)
+    store, rank, world = dist.HashStore(), 0, 1
+    if "WORLD_SIZE" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torch's store outlives a restart, and would send workers to those of before it
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"restart-{restart}", store)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+    return torch.device(device)
+
+
+def reuse_memory() -> None:
+    """Have glibc keep what torch frees, so that the process stays as large as it was at most.
+
+    Else each step's gradients are new pages, which takes a third of a step on CPUs.
+    """
+    with suppress(AttributeError, TypeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is not given back
+
+
+def print0(text: str, file: Any = None) -> None:
+    """Print on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, file=file, flush=True)
+
+
+def fail(message: str) -> SystemExit:
+    """The end of all processes with status 1, and what rank 0 says of it."""
+    print0(f"error: {message}", file=sys.stderr)
+    return SystemExit(1)
+
+
+@contextmanager
+def stop_flags() -> Iterator[list[float]]:
+    """While it lasts, SIGTERM and Ctrl-C only set the first or second of these flags to 1."""
+    flags = [0.0, 0.0]
+
+    def on_signal(number, _):
+        flags[number == signal.SIGINT] = 1.0
+        with suppress(OSError):  # Ctrl-C may have closed what stands behind a pipe
+            os.write(2, b"finishing the step, then saving\n" * (dist.get_rank() == 0))
+
+    before = {each: signal.signal(each, on_signal) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flags
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main, and end with an exit status: 2 for bad input, 128 + a signal's number, else 1.
+
+    A mistake of the user's ends in one line, once a machine; want of memory in advice.
+    """
+
+    def on_signal(number, _):
+        print0(f"stopped by {signal.Signals(number).name}{CONTINUE}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    status, message = 1, ""
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+        main()
+        if dist.is_initialized():
+            dist.barrier()  # leave together: one that left early has aborted, now and then
+        status = 0
+    except InputError as error:
+        status, message = 2, f"{error}" * (os.environ.get("LOCAL_RANK", "0") == "0")
+    except OSError as error:
+        message = f"{error}{CONTINUE}"
+    except RuntimeError as error:  # gloo and the CPU's allocator have no classes of their own
+        first = str(error).partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
+            less = "Lower --max_tokens, take --gradient_checkpointing, or --shard over more GPUs"
+            message = f"out of memory. {less}{CONTINUE}. {first}"
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            lost = "lost the other processes, of which one ended, or the network failed"
+            message = f"{lost}{CONTINUE}. {first}"
+        else:
+            raise
+    finally:
+        if dist.is_initialized() and (status == 0 or dist.get_backend() == "gloo"):
+            dist.destroy_process_group()  # NCCL would wait for what failed
+    if message:
+        process = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        print(f"{process}error: {message}", file=sys.stderr, flush=True)
+    if status:
+        sys.exit(status)
+
+
+def progress(
+    steps: Iterable, desc: str, total: int, shown: dict | None = None, done: int = 0
+) -> Iterator:
+    """Iterate under a bar on rank 0, a line now and then without a terminal, with what is `shown`.
+
+    The first `done` of the `total` steps were taken before.
+    """
+    line = "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
+    look = {"leave": False, "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        look = {"leave": True, "mininterval": 10, "bar_format": line}
+    with tqdm(desc=desc, total=total, initial=done, disable=dist.get_rank() > 0, **look) as bar:
+        for step in steps:
+            yield step
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+
+
+# ------------------------------------------------------------------------------ loading and scoring
+
+
+def load_splits(config: Config) -> rankc.Splits:
+    """The questions of "train" and "test"; an empty split is left out."""
+    questions, kind = data.load(config.data, config.langs, print0), config.data.partition(":")[0]
+    number, test_subjects = config.train_questions, config.test_subjects
+    if number is None and not config.train_subjects:
+        if kind not in data.TRAIN_QUESTIONS and not config.eval_only:
+            asked = f"how many of {len(questions)} to train on? The others are held out"
+            raise InputError(f"--train_questions: {asked}")
+        number = data.TRAIN_QUESTIONS.get(kind, 0)
+        if test_subjects:
+            number = min(number, sum(q.subject not in test_subjects for q in questions))
+    subjects = config.train_subjects, test_subjects
+    parts = data.split(questions, number, config.test_questions, config.split_seed, *subjects)
+    splits = {name: part for name, part in zip(("train", "test"), parts, strict=True) if part}
+    if "train" not in splits and not config.eval_only:
+        raise InputError("--train_questions 0: there is nothing to train on")
+    unlabelled = [question.id for question in splits.get("train", []) if question.gold is None]
+    if unlabelled and config.method in ("sft", "dpo"):
+        lack = f"which {len(unlabelled)} training questions lack, {unlabelled[0]!r} first"
+        raise InputError(f"--method {config.method} learns from right answers, {lack}")
+    return splits
+
+
+def load_model(config: Config, device: torch.device) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model, in the asked number format and with dropout off, and its tokenizer.
+
+    Only the language model and its head are trained: no text reaches what is for pictures (Gemma
+    3's vision tower), which never gets a gradient and needs no moments. Raises InputError.
+    """
+    name, remote = config.model, {"trust_remote_code": config.trust_remote_code}
+    try:
+        settings = transformers.AutoConfig.from_pretrained(name, **remote)
+        for part in (settings, settings.get_text_config()):
+            for key, value in part.to_dict().items():
+                if "drop" in key and isinstance(value, float):
+                    setattr(part, key, 0.0)  # else policy and reference differ at step 0
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
+        how = {"dtype": getattr(torch, config.dtype), "use_safetensors": True, **remote}
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            name, config=settings, output_loading_info=True, **how
+        )
+        if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
+        SafetensorError,
+    ) as error:  # what transformers lets through of a damaged folder
+        place, why = Path(name), "give a folder that save_pretrained wrote, with safetensors"
+        if place.is_file():
+            why = "it is a file; give the folder it lies in (GGUF is not read)"
+        elif not place.is_dir():
+            why = f"{place.absolute()} is no folder, and the hub does not give it"
+        elif not [*place.glob("*.safetensors")]:
+            why = "it holds no .safetensors file; a .bin file may run code, and is not read"
+        wrong = f"--model {name}: no causal language model can be loaded from it: {why}"
+        raise InputError(f"{wrong}. {error!r}") from error
+    model.requires_grad_(False)
+    for part in (model.get_decoder(), model.get_output_embeddings()):
+        part.requires_grad_(True)
+    return model.to(device), tokenizer
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """FSDP2: of each weight, gradient and moment a process holds its share.
+
+    A layer's weights are gathered where it computes. Raises InputError where no layers are found.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers:
+        name = type(model).__name__
+        raise InputError(f"--shard: {name} has no decoder layers that transformers knows as such")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in (*layers, model):  # the root, too, else it stays gathered after an evaluation
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """bfloat16 matrix products over float32 weights on CUDA; elsewhere in the weights' format."""
+    enabled = device.type == "cuda" and config.dtype == "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+Trees = dict[str, list[list[data.Tree]]]  # of each split, [question][language]
+
+
+def encode_splits(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: rankc.Splits,
+    config: Config,
+    whole: bool = False,
+) -> tuple[Trees, bool]:
+    """The trees of each split, and whether this model scores them packed; `whole`: prompts, too."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    encode = partial(data.encode, tokenizer, langs=config.langs, context=context, whole=whole)
+    trees = {name: encode(questions) for name, questions in splits.items()}
+    every = [tree for rows in trees.values() for row in rows for tree in row]
+    packed = dco.packs_exactly(model, [max(every, key=data.Tree.tokens), every[0]])
+    if not packed:
+        found = "this model does not score packed questions as it scores separate ones"
+        print0(f"warning: {found}; scoring each answer apart, which is slower")
+    return trees, packed
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    trees: list[list[data.Tree]],
+    config: Config,
+    packed: bool,
+    desc: str = "",
+    ids: Sequence[str] = (),
+) -> Tensor:
+    """log pi(y|x), or what --score makes of it: trees [question][language] -> (Q, L, K) on the CPU.
+
+    Each tree is scored once, by one process; every process returns the whole table. Raises
+    SystemExit, naming questions by their ids, where a log-prob is NaN or infinite.
+    """
+    model.eval()
+    flat = [tree for row in trees for tree in row]
+    rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
+    groups = data.batches(flat, config.max_tokens, packed)
+    sizes = torch.tensor([len(tree.branches) for tree in flat])
+    missing = torch.arange(int(sizes.max())) >= sizes[:, None]  # (trees, K)
+    table = torch.zeros(missing.shape, device=device)
+    rounds = range(rank, -(-len(groups) // world) * world, world)  # FSDP: as many for every process
+    for n in progress(rounds, desc, len(rounds)):
+        group = groups[min(n, len(groups) - 1)]
+        with autocast(config, device):
+            logps = completion_logps(model, [flat[t] for t in group], packed)
+        if n < len(groups):
+            table[group, : logps.shape[1]] = logps
+    table.masked_fill_(missing.to(device), 0.0)
+    if world > 1:
+        dist.all_reduce(table)  # a row is zero but on the process that scored it
+    table = table.cpu()
+    if where := (~table.isfinite()).view(len(trees), -1).any(-1).nonzero()[:, 0].tolist():
+        names = ", ".join(repr(ids[q] if ids else q) for q in where[:5])
+        found = f"log-probs are NaN or infinite in {len(where)} of {len(trees)} questions: {names}"
+        raise fail(f"{desc}: {found}; the model is broken, or overflows in {config.dtype}")
+    table.masked_fill_(missing, -torch.inf)
+    if config.score != "sum":
+        scored = [[len(b) - tree.prompt_len for b in tree.branches] for tree in flat]
+        table /= torch.tensor([row + [1] * (table.shape[1] - len(row)) for row in scored])
+    return table.view(len(trees), -1, table.shape[1])
+
+
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def atomic_rename(part: Path, path: Path) -> None:
@@ -412,56 +795,54 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(number) for path in found if (number := path.parent.name[5:]).isdigit())
 
 
-def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The trained weights and AdamW's two moments of each, by name; a tied weight once."""
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    moments = {
-        f"{name}.{kind}": optimizer.state[weight][kind]
-        for name, weight in weights.items()
-        for kind in ("exp_avg", "exp_avg_sq")
-    }
+    moments = {}
+    for name, weight in weights.items():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moments[f"{name}.{kind}"] = optimizer.state[weight][kind]
     return weights | moments
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: dict
-) -> None:
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: Any, state: dict) -> None:
     """Write step-N/, each process its own shards as safetensors, and keep the last two.
 
     It is written beside them and renamed when it is whole. Raises OSError, and leaves the others
     as they are, where the disk is full.
     """
     path = folder / f"step-{state['step']}"
-    part = path.with_name(path.name + ".part")
-    if dist.get_rank() == 0:
+    part, rank = path.with_name(path.name + ".part"), dist.get_rank()
+    if rank == 0:
         for left in (part, path):  # of a run that was killed while it wrote, or removed
             shutil.rmtree(left, ignore_errors=True)
     dist.barrier()
-    writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)
     try:
+        writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)
         dcp.save(training_state(model, optimizer), storage_writer=writer)
-        if dist.get_rank() == 0:
+        if rank == 0:
             sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-            state |= {"scheduler": scheduler.state_dict(), "sizes": sizes}
-            (part / "state.json").write_text(json.dumps(state))
+            (part / "state.json").write_text(json.dumps({**state, "sizes": sizes}))
             atomic_rename(part, path)
-            for step in saved_steps(folder)[:-2]:
-                old = folder / f"step-{step}"
+            for old in [folder / f"step-{step}" for step in saved_steps(folder)[:-2]]:
                 (old / "state.json").unlink()  # first: without it the rest is no checkpoint
                 shutil.rmtree(old)
     except (OSError, dcp.CheckpointException) as error:
-        why = error if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
-        if dist.get_rank() == 0:
+        if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         left = [f"step {step}" for step in saved_steps(folder)[-1:]] or ["no earlier step"]
-        told = f"the checkpoint of step {state['step']} could not be saved: {why}"
-        raise OSError(f"{told}. That of {left[0]} is whole") from error
+        failed = f"the checkpoint of step {state['step']} could not be saved: {cause(error)}"
+        raise OSError(f"{failed}. That of {left[0]} is whole") from error
     dist.barrier()
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
-) -> dict:
+def cause(error: BaseException) -> BaseException:
+    """What went wrong, of the first process whose part of a checkpoint failed."""
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if failures else error
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> dict:
     """Restore the newest checkpoint on any number of processes, sharded or not; {} without one.
 
     Raises InputError, naming it, where it is damaged or of another model.
@@ -469,7 +850,7 @@ def load_checkpoint(
     if not (steps := saved_steps(folder)):
         return {}
     path = folder / f"step-{steps[-1]}"
-    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+    for weight in [weight for weight in model.parameters() if weight.requires_grad]:
         moments = {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
         step = torch.tensor(float(steps[-1]), device=weight.device)
         optimizer.state[weight] = {"step": step, **moments}
@@ -483,12 +864,11 @@ def load_checkpoint(
         reader = dcp.HuggingFaceStorageReader(path)
         dcp.load(training_state(model, optimizer), storage_reader=reader)
         scheduler.load_state_dict(state["scheduler"])
+        optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
     except (dcp.CheckpointException, OSError, ValueError, KeyError, TypeError) as error:
-        failures = getattr(error, "failures", {0: [error]})
-        why = next(iter(failures.values()))[0]
+        wrong = f"{path} is damaged, or of another model ({cause(error)!r})"
         without = "remove it, and --resume continues from the one before"
-        raise InputError(f"{path} is damaged, or of another model ({why!r}); {without}") from error
-    optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
+        raise InputError(f"{wrong}; {without}") from error
     return state
 
 
@@ -515,25 +895,6 @@ def load_or_compute(
     return tables
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
-    """FSDP2: of each weight, gradient and moment a process holds its share.
-
-    A layer's weights are gathered where it computes. Raises InputError where no layers are found.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
-
-    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
-    if not layers:
-        name = type(model).__name__
-        raise InputError(f"--shard: {name} has no decoder layers that transformers knows as such")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (*layers, model):
-        fully_shard(part, mesh=mesh)
-
-
-# --------------------------------------------------------------------------------------- the folder
-
-
 def settings(config: Config) -> dict:
     """As run.json holds them: a model's folder such that it is found from anywhere."""
     here = config.model and Path(config.model).is_dir()
@@ -548,38 +909,52 @@ def choose_folder(config: Config) -> tuple[Path, dict]:
     if not config.out:
         return next(path for n in count(1) if not (path := Path("runs", str(n))).exists()), {}
     out = Path(config.out)
-    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if not config.resume or not out.exists() or out.is_dir() and there <= {"run.json.part"}:
-        return (out if config.resume else rankc.new_folder(config.out)), {}
+    there = (
+        {path.name for path in out.iterdir()}
+        if out.is_dir()
+        else {out.name}
+        if out.exists()
+        else set()
+    )
+    if not there - {"run.json.part"}:  # new, or killed before it began
+        return out, {}
+    if not config.resume:
+        go_on = "of a run that was killed: --resume continues it"
+        raise InputError(f"--out {out} is not empty; name another, or remove it ({go_on})")
     try:
         old, new = json.loads((out / "run.json").read_text()), settings(config)
-        pairs = {name: (old[name], new[name]) for name in new if name not in FREE}
+        pairs = {name: (old[name], new[name]) for name in new if name not in FREE.split()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--resume: {out} is there, but is no run of this train.py ({error!r})"
-        ) from error
+        wrong = f"--resume: {out} is there, but is no run of this train.py ({error!r})"
+        raise InputError(wrong) from error
     if differ := "; ".join(f"{name} {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b):
         told = f"--resume: {out} was begun with other settings: {differ}"
         raise InputError(f"{told}. Give those, or another --out")
     return out, old
 
 
-def environment() -> dict:
-    """What the run ran on; the git revision where there is one."""
-    command = ["git", "describe", "--always", "--dirty"]
-    git = ""
+def begin(out: Path, config: Config, old: dict, done: int) -> None:
+    """Make the folder of a run: run.json holds its settings and what it runs on."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    revision = None
     with suppress(FileNotFoundError):
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        git = done.stdout.strip()
+        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {**versions, "git": git or None, "processes": dist.get_world_size()}
-
-
-def trim_log(path: Path, done: int) -> None:
-    """Leave in log.jsonl the lines of the steps that are done."""
-    lines = path.read_text().splitlines(keepends=True) if done else []
-    whole = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
-    atomic_write(path, "".join(whole))
+    resumed = {"resumed": [*old.get("resumed", []), *[done] * bool(done)]}
+    ran = {**versions, "git": revision, "processes": dist.get_world_size(), **resumed}
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(
+        out / "run.json", json.dumps({**settings(config), "out": str(out), **ran}, indent=1)
+    )
+    (out / "checkpoint").mkdir(exist_ok=True)  # after run.json, by which a run is known
+    # what a killed run logged after its last checkpoint is logged again
+    path, kept = out / "log.jsonl", ""
+    if done:
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("}\n")]
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= done)
+    if not config.eval_only:
+        atomic_write(path, kept)
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -599,14 +974,15 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) 
 
 # ------------------------------------------------------------------------------- the embedded model
 
-COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts it is told
+COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts that are taught
 
 
-def embedded_model(config: Config) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
-    """A tiny Llama over whole words that knows nothing yet, its tokenizer, and what to tell it.
+def embedded_model(config: Config, known: bool) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A tiny Llama over whole words that has learnt real facts unevenly, and its tokenizer.
 
     English has every fact, the other languages a share (COVERAGE), drawn by the seed; all have the
-    countries' names in the other languages, the bridge over which a fact can come.
+    countries' names in the other languages, the bridge over which a fact can come. Where its
+    weights are `known`, from a checkpoint, it is not taught.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -630,80 +1006,59 @@ def embedded_model(config: Config) -> tuple[nn.Module, PreTrainedTokenizerBase, 
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": True}
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **sizes, **special))
-    return model, tokenizer, facts
+    if not known:
+        pretrain(model, [torch.tensor(ids) for ids in tokenizer(facts)["input_ids"]], config.seed)
+    return model, tokenizer
 
 
-def tell(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: list[str], seed: int
-) -> dict[str, Tensor]:
-    """Tell the embedded model its facts, unevenly as real ones are told, by plain SFT."""
-    ids = [torch.tensor(row) for row in tokenizer(facts)["input_ids"]]
+def pretrain(model: nn.Module, facts: list[Tensor], seed: int) -> None:
+    """Teach the embedded model its facts by plain SFT, on rank 0; all processes get the weights."""
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.5, betas=(0.9, 0.98))
     scheduler = get_scheduler("cosine", optimizer, 40, 800)
-    rng, note = random.Random(seed), {}
-    for _ in progress(range(800), "make the embedded model", 800, note):
-        batch = torch.nn.utils.rnn.pad_sequence(rng.sample(ids, 96), batch_first=True)
-        seen = batch > 0
-        labels = batch.masked_fill(~seen, -100)
-        loss = model(input_ids=batch, attention_mask=seen.long(), labels=labels).loss
+    rng, shown = random.Random(seed), {}
+    for _ in progress(range(800 if dist.get_rank() == 0 else 0), "pretrain", 800, shown):
+        batch = torch.nn.utils.rnn.pad_sequence(rng.sample(facts, 96), batch_first=True)
+        mask = batch > 0
+        labels = batch.masked_fill(~mask, -100)
+        loss = model(input_ids=batch, attention_mask=mask.long(), labels=labels).loss
         loss.backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        note["loss"] = loss.item()
-    return {name: weight.detach() for name, weight in model.named_parameters()}
+        shown["loss"] = loss.item()
+    if dist.get_world_size() > 1:
+        for weight in model.parameters():
+            dist.broadcast(weight.detach(), 0)
 
 
 # ---------------------------------------------------------------------------------- from end to end
 
 
-def count_steps(questions: int, config: Config) -> int:
-    """Optimizer steps for so many training questions; a last, smaller step counts."""
-    return config.epochs * -(-questions * config.pairs_per_question // config.batch_questions)
-
-
-def freeze_other_modalities(model: nn.Module) -> None:
-    """Only the language model and its head are trained: no text reaches what is for pictures.
-
-    Gemma 3's vision tower never gets a gradient, and needs no moments and no exchange.
-    """
-    model.requires_grad_(False)
-    for part in (model.get_decoder(), model.get_output_embeddings()):
-        part.requires_grad_(True)
-
-
 def describe(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: rankc.Splits,
-    trees: rankc.Trees,
-    config: Config,
+    model: nn.Module, tokenizer: Any, splits: rankc.Splits, trees: Trees, total: int, config: Config
 ) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
-    method = config.method + f", beta {config.beta:g}" * (config.method != "sft")
-    if config.method == "dco":
-        fewer = sum(question.K < config.candidates for question in splits["train"])
-        method += f", {config.objective}, {config.candidates} candidates each"
-        method += f" ({fewer} questions have fewer)" * (fewer > 0)
-        trust = f"trust {' '.join(config.trust) or 'equal'}"
-        method += f", gamma {' '.join(config.gamma)}" if config.gamma else f", {trust}"
-    weight = next(model.parameters())
-    mixed = ", bfloat16 autocast" * (weight.is_cuda and config.dtype == "float32")
-    where = f"{dist.get_world_size()} x {weight.device.type}{', sharded' * config.shard}"
-    size = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    trained = "all" if trained == size else f"{trained:,}"
-    parts = ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items())
-    total = count_steps(len(splits["train"]), config)
-    total = f"{'at most ' * (config.method == 'calm')}{total}"
+    weights = [*model.parameters()]
+    size, trained = (sum(w.numel() for w in weights if w.requires_grad >= x) for x in (False, True))
+    device = weights[0].device.type
+    mixed = ", bfloat16 autocast" * (device == "cuda" and config.dtype == "float32")
     lines = [
-        f"{config.model or 'embedded model'}: {size:,} parameters, {trained} trained, "
-        f"{config.dtype}{mixed}, on {where}",
-        f"{config.data} in {' '.join(config.langs)}: {parts}",
-        f"{total} steps of {config.batch_questions} questions over all processes, epochs "
-        f"{config.epochs}, rate {config.lr:g} {config.schedule}; {method}",
+        f"{config.model or 'embedded model'}: {size:,} parameters, {trained:,} trained, "
+        f"{config.dtype}{mixed}, on {dist.get_world_size()} x {device}{', sharded' * config.shard}",
+        f"{config.data} in {' '.join(config.langs)}: "
+        + ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items()),
     ]
-    for lang, tree in zip(config.langs[:2], trees["train"][0], strict=False):
+    if not config.eval_only:
+        fewer = sum(question.K < config.candidates for question in splits["train"])
+        drawn = f"{config.candidates} candidates each" + f" ({fewer} have fewer)" * (fewer > 0)
+        weighed = f"gamma {config.gamma}" if config.gamma else f"trust {config.trust or 'equal'}"
+        more = f", {config.objective}, {drawn}, {weighed}" * (config.method == "dco")
+        lines.append(
+            f"{total} steps of {config.batch_questions} questions over all processes, epochs "
+            f"{config.epochs}, learning rate {config.lr:g} {config.schedule}; {config.method}, "
+            f"beta {config.beta:g}{more}"
+        )
+    for lang, tree in zip(config.langs[:2], next(iter(trees.values()))[0], strict=False):
         answers = [tokenizer.decode(branch) for branch in tree.branches]
         lines.append(f"  {lang}: {tokenizer.decode(tree.prefix)!r} + {answers}")
     return "\n".join(lines)
@@ -711,29 +1066,25 @@ def describe(
 
 def changes(questions: list[Question], base: Tensor, trained: Tensor, langs: list[str]) -> str:
     """The first few questions some of whose answers changed: before and after in every language."""
-    lines = []
-    before, after = base.argmax(-1), trained.argmax(-1)  # (L, Q)
-    for q in (before != after).any(0).nonzero()[:4, 0].tolist():
-        question, first = questions[q], langs[0]
-        gold = question.gold
-        right = "not known" if gold is None else question.answers[first][gold].strip()
-        asked = question.prompts[first].strip().partition("\n")[0]
-        lines.append(f"  {asked} ...   right: {right}")
+    lines, first = [], langs[0]
+    before, after = base.argmax(-1), trained.argmax(-1)  # (Q, L)
+    for q in (before != after).any(1).nonzero()[:4, 0].tolist():
+        answers, gold = questions[q].answers, questions[q].gold
+        right = "not known" if gold is None else answers[first][gold].strip()
+        prompt = questions[q].prompts[first].strip().partition("\n")[0]
+        lines.append(f"  {prompt} ... right: {right}")
         for i, lang in enumerate(langs):
-            old, new = (question.answers[lang][int(best[i, q])].strip() for best in (before, after))
+            old, new = (answers[lang][int(best[q, i])].strip() for best in (before, after))
             lines.append(f"    {lang}  {old}" + ("" if old == new else f"  ->  {new}"))
-    return "\n".join(lines)
+    return "\n".join(lines) or "  none"
 
 
 def main() -> None:
-    config = rankc.parse(Config, "train.py", defaults)
-    check_settings(config)
+    config, seconds = parse_config(), {}
     if not config.model:
         torch.set_num_threads(1)  # as fast as two for a model this small, faster on a busy machine
-    device, say = rankc.start(config.device if config.model else "cpu", config.timeout)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    seconds, langs = {}, config.langs
-    subjects = bool(config.train_subjects or config.test_subjects)
+    device, langs = init_distributed(config), config.langs
+    rank, world, gamma = dist.get_rank(), dist.get_world_size(), gamma_matrix(config)
 
     @contextmanager
     def stage(name):
@@ -741,133 +1092,107 @@ def main() -> None:
         yield
         seconds[name] = round(time.time() - begun, 2)
 
-    gamma, (out, old) = rankc.gamma_matrix(config, say), on_first(choose_folder, config)
+    chosen = [choose_folder(config) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(chosen)
+    ((out, old),) = chosen
     folder = out / "checkpoint"
     if old and (out / "metrics.json").exists():
         dist.barrier()
         shutil.rmtree(folder, ignore_errors=True)
-        return say(f"resume: {out} is finished, nothing is left to do")
-    splits = rankc.read(config, say)
-    if "train" not in splits:
-        raise InputError("--train_questions 0: there is nothing to train on")
-    unlabelled = [question.id for question in splits["train"] if question.gold is None]
-    if unlabelled and config.method in ("sft", "dpo"):
-        raise InputError(
-            f"--method {config.method} learns from the right answers, which {len(unlabelled)} "
-            f"training questions lack, {unlabelled[0]!r} first; dco and calm do without"
-        )
-
-    say(f"loading {config.model or 'the embedded model'}; what is written goes to {out}")
+        return print0(f"resume: {out} is finished, nothing is left to do")
+    splits, done = load_splits(config), max(saved_steps(folder), default=0)
+    print0(f"loading {config.model or 'the embedded model'}; what is written goes to {out}")
     with stage("load"):
         if config.model:
-            model, tokenizer = rankc.load_model(config, "cpu" if config.shard else device)
-            freeze_other_modalities(model)
+            model, tokenizer = load_model(config, "cpu" if config.shard else device)
         else:
-            model, tokenizer, facts = embedded_model(config)
-        if config.shard and config.model:
+            model, tokenizer = embedded_model(
+                config, known=done > 0 and (folder / "reference.safetensors").exists()
+            )
+        if config.shard:
             shard(model, device)
-        trees, packed = rankc.plant(model, tokenizer, splits, config, say)
-        asked = trees  # what is judged: the same, unless --score string wants the prompt scored too
+        trees, packed = encode_splits(model, tokenizer, splits, config)
+        eval_trees = trees
         if config.score == "string":
-            asked, _ = rankc.plant(model, tokenizer, splits, config, say, whole=True)
-        (done,), total = saved_steps(folder)[-1:] or [0], count_steps(len(splits["train"]), config)
+            eval_trees, _ = encode_splits(model, tokenizer, splits, config, whole=True)
+        draws = len(splits.get("train", [])) * config.pairs_per_question
+        total = config.epochs * -(-draws // config.batch_questions)
         if config.resume:
             fresh = "from the start: no checkpoint yet" if old else "a new run: nothing is there"
-            say(f"resume: {out}, " + (f"from step {done} of {total}" if done else fresh))
-        resumed = [*old.get("resumed", []), *[done] * bool(done)]
+            print0(f"resume: {out}, " + (f"from step {done} of {total}" if done else fresh))
+        if rank == 0:
+            begin(out, config, old, done)
+        dist.barrier()
+    print0(describe(model, tokenizer, splits, trees, total, config))
 
-        def begin():
-            out.mkdir(parents=True, exist_ok=True)
-            told = {**settings(config), "out": str(out), **environment(), "resumed": resumed}
-            atomic_write(out / "run.json", json.dumps(told, indent=1))
-            folder.mkdir(exist_ok=True)
-
-        on_first(begin)
-        if not config.model:
-            if not (done and (folder / "reference.safetensors").exists()):
-                base = on_first(tell, model, tokenizer, facts, config.seed)
-                model.load_state_dict(base, strict=False)  # the head is the embeddings
-            if config.shard:
-                shard(model, device)
-    say(describe(model, tokenizer, splits, trees, config))
-
-    def judge(desc, asked, config=config):
-        found = {}
-        for name, rows in asked.items():
+    def score_splits(trees, desc, config=config):
+        tables = {}
+        for name, rows in trees.items():
             ids = [question.id for question in splits[name]]
-            found[name] = rankc.score(model, rows, config, f"{desc} {name}", packed, ids)
-        return found
+            tables[name] = score(model, rows, config, packed, f"{desc} {name}", ids)
+        return tables
 
-    def refer():
-        tables = judge("reference", asked)
-        if config.score == "sum":
-            return tables
-        summed = judge("sums", {"train": trees["train"]}, replace(config, score="sum"))
-        return {**tables, "sums": summed["train"]}
+    def reference():
+        tables = score_splits(eval_trees, "reference")
+        if config.score != "sum" and "train" in trees:  # training always uses sums
+            summed = replace(config, score="sum")
+            tables["sums"] = score_splits({"train": trees["train"]}, "sums", summed)["train"]
+        return tables
 
     with stage("reference"):
-        K = {name: max(question.K for question in part) for name, part in splits.items()}
-        shapes = {name: (len(langs), len(part), K[name]) for name, part in splits.items()}
-        if config.score != "sum":
+        sizes = {name: max(question.K for question in part) for name, part in splits.items()}
+        shapes = {name: (len(part), len(langs), sizes[name]) for name, part in splits.items()}
+        if config.score != "sum" and "train" in trees:
             shapes["sums"] = shapes["train"]
-        base = load_or_compute(folder / "reference.safetensors", shapes, refer)
-        sums = base.pop("sums", base["train"])
-        base = {name: base[name] for name in splits}
-    optimum = {name: rankc.forecast(table, gamma, config.beta) for name, table in base.items()}
-    tables = {"base": base, "optimum": optimum}
-    metrics = rankc.new_metrics(splits, langs)
-    say(rankc.report(splits, tables, langs, metrics, subjects) + "\n")
-    used = list(range(len(splits["train"])))
-    if config.method == "calm":
-        used, metrics["vote"] = poll(splits["train"], sums, config)
-        say(f"calm: {len(used)} questions to train on, {json.dumps(metrics['vote'])}\n")
-        if not used:
-            raise InputError("--method calm: the languages agree on every training question")
-
-    total, signals = count_steps(len(used), config), []
-
-    def heed(number, _):
-        signals.append(number)
-        with suppress(OSError):  # Ctrl-C may have closed what stands behind a pipe
-            os.write(2, b"finishing the step, then saving\n" * (rank == 0))
-
-    on_first(trim_log, out / "log.jsonl", done)
-    path = os.devnull if rank else out / "log.jsonl"
-    with stage("train"), rankc.on_signals(heed), open(path, "a") as file:
-        questions, rows = ([part["train"][q] for q in used] for part in (splits, trees))
-        steps = draw(questions, rows, sums[:, used], gamma, config)
-
-        def log(line):
-            print(json.dumps(line), file=file, flush=True)
-
-        tokens = optimise(model, steps, total, config, packed, log, folder, signals)
-    late = [None] * world
-    dist.all_gather_object(late, max(signals, default=0))
-    if max(late) and config.save_every:  # it came while the last step was saved
-        name = signal.Signals(max(late)).name
-        raise Halt(f"stopped by {name}: all {total} steps are saved", 128 + max(late))
-    save_model(model, tokenizer, out)
-    with stage("evaluate"):
-        tables["trained"] = judge("evaluate", asked)
-    say(rankc.report(splits, tables, langs, metrics, subjects))
+        tables = load_or_compute(folder / "reference.safetensors", shapes, reference)
+    ref_logps = tables.get("sums", tables.get("train"))
+    base = {name: tables[name] for name in splits}
+    pi_star = {  # Eq. 10: what DCO can reach, before a step is taken
+        name: dco.optimal_policy(table.double(), gamma, config.beta) for name, table in base.items()
+    }
+    tables = {"base": base, "optimum": pi_star}
+    sizes = [question.K for questions in splits.values() for question in questions]
+    metrics = {"languages": langs, "chance": rankc.chance_levels(sizes)[0]}
+    by_subject = bool(config.train_subjects or config.test_subjects)
+    print0(rankc.report(splits, tables, langs, metrics, by_subject) + "\n")
     last = list(splits)[-1]
-    say(f"\nanswers that changed in {last}, the first few questions:")
-    say(changes(splits[last], base[last], tables["trained"][last], langs) or "  none")
+    if not config.eval_only:
+        questions, rows = splits["train"], trees["train"]
+        if config.method == "calm":
+            used, metrics["vote"] = calm_votes(questions, ref_logps, config)
+            print0(f"calm: {len(used)} questions to train on, {json.dumps(metrics['vote'])}\n")
+            if not used:
+                raise InputError("--method calm: the languages agree on every training question")
+            questions, rows = ([part[q] for q in used] for part in (questions, rows))
+            ref_logps = ref_logps[used]
+            total = config.epochs * -(-len(used) // config.batch_questions)
+        with stage("train"), open(os.devnull if rank else out / "log.jsonl", "a") as file:
+            batches = make_batches(questions, rows, ref_logps, gamma, config)
 
-    def finish():
-        after = "base", "trained"
-        metrics.update({"seconds": seconds, "tokens": {"train": tokens}})
+            def log(line):
+                print(json.dumps(line), file=file, flush=True)
+
+            tokens = train(model, batches, total, config, packed, log, folder)
+        metrics["tokens"] = {"train": tokens}
+        save_model(model, tokenizer, out)
+        with stage("evaluate"):
+            tables["trained"] = score_splits(eval_trees, "evaluate")
+        print0(rankc.report(splits, tables, langs, metrics, by_subject))
+        print0(f"\nanswers that changed in {last}, the first few questions:")
+        print0(changes(splits[last], base[last], tables["trained"][last], langs))
+    if rank == 0:
+        metrics["seconds"] = seconds
         del tables["optimum"]  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
-        if not rankc.draw_clc(out / "clc.png", *(metrics[last][x] for x in after), langs):
-            say("clc.png is left out; to draw it: pip install -e '.[plot]'")
+        before, after = (metrics[last].get(name) for name in ("base", "trained"))
+        if not rankc.draw_clc(out / "clc.png", before, after, langs):
+            print0("clc.png is left out; to draw it: pip install -e '.[plot]'")
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))  # last: it is finished
         shutil.rmtree(folder)
-
-    on_first(finish)
     spent = ", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items())
-    say(f"\n{spent}; wrote {out}")
+    print0(f"\n{spent}; wrote {out}")
 
 
 if __name__ == "__main__":
-    rankc.run(main, "; the same command with --resume goes on")
+    run(main)

@@ -4,12 +4,12 @@ A random 135M Llama (SmolLM2's shape), or --size, or --model DIR, and the same t
 this program against the plain way, which pads a row for each prompt and answer, 16 at a time (8 of
 mmmlu's), computes the logits of every token, and keeps the reference model in the step; --only
 leaves it out. Each way runs in a process of its own, in turn with the other; medians (min - max).
-On CPUs this program has glibc keep freed memory (rankc.reuse_memory); --reuse: the plain way, too.
+On CPUs this program has glibc keep freed memory (train.reuse_memory); --reuse: the plain way, too.
 Questions have the lengths of --shapes, or are real ones: --data, as train.py takes it. Stages:
 
     reference   log-probs of two answers to each question, as a peer needs them before it trains
-    step        an optimizer step of 4 questions, 2 languages and 2 answers, by train.optimise
-    evaluation  log-probs of all answers, by rankc.score; train.py's own reference pass is this one
+    step        an optimizer step of 4 questions, 2 languages and 2 answers, by train.train
+    evaluation  log-probs of all answers, by train.score; train.py's own reference pass is this one
 
 Tokens are counted against the fewest: each prompt once a language, each answer less its last token.
 Utilisation: the time of the matrix products alone, of a model's layers and head for as many tokens,
@@ -90,13 +90,14 @@ def prepare(arguments, shape: str):
     """A model, trees [question][language], the items of each step, without end, and settings."""
     torch.manual_seed(0)
     names = {field.name for field in fields(train.Config)} & set(vars(arguments))
-    config = train.Config(epochs=10**6, **{name: getattr(arguments, name) for name in names})
+    given = {name: getattr(arguments, name) for name in names}
+    config = train.Config(**{"epochs": 10**6, **given, "model": given["model"] or arguments.size})
     number = max(16, config.batch_questions * (arguments.repeat + 1))
-    if config.model:
-        model, tokenizer = rankc.load_model(config, torch.device(config.device))
+    if arguments.model:
+        model, tokenizer = train.load_model(config, torch.device(config.device))
     else:
         model = random_model(arguments.size, config.device, config.dtype)
-    if config.data:
+    if arguments.data:
         questions = data.split(data.load(config.data, config.langs), number, 0, 0)[0]
         trees = data.encode(tokenizer, questions, config.langs)
     else:
@@ -105,8 +106,8 @@ def prepare(arguments, shape: str):
         prompts = ([ids(prompt) for _ in config.langs] for _ in range(number))
         trees = [[data.Tree(p, [ids(answer) for _ in range(K)]) for p in row] for row in prompts]
         questions = [data.Question(str(n), "", 0, {}, {"": ("",) * K}) for n in range(number)]
-    ref = torch.randn(len(config.langs), len(trees), max(question.K for question in questions))
-    items = train.draw(questions, trees, ref, rankc.gamma_matrix(config), config)
+    ref = torch.randn(len(trees), len(config.langs), max(question.K for question in questions))
+    items = train.make_batches(questions, trees, ref, train.gamma_matrix(config), config)
     return model, trees, items, config
 
 
@@ -121,7 +122,7 @@ def begin(work, *given, world: int = 1):
         port = str(free.getsockname()[1])
     os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=str(world))
-    for rank in map(str, range(world)):  # as torchrun tells it to rankc.start
+    for rank in map(str, range(world)):  # as torchrun tells it to train.init_distributed
         os.environ.update(RANK=rank, LOCAL_RANK=rank)
         spawn.Process(target=quietly, args=(work, theirs, *given), daemon=True).start()
     theirs.close()
@@ -176,10 +177,10 @@ def plain(model, trees: list[data.Tree], rows: int, config: train.Config) -> tor
     for first in range(0, len(texts), rows):
         columns = []  # of each row: its tokens, ones, and ones where it is the answer
         for tree, text in texts[first : first + rows]:
-            answer = torch.arange(len(text)) >= len(tree.prefix) + tree.lead
+            answer = torch.arange(len(text)) >= len(tree.prefix) + tree.prompt_len
             columns.append(torch.stack([torch.tensor(text), torch.ones_like(answer), answer], -1))
         ids, mask, answer = pad_sequence(columns, batch_first=True).to(model.device).unbind(-1)
-        with rankc.autocast(config, model.device):
+        with train.autocast(config, model.device):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         scores.append((logps * answer[:, 1:]).sum(-1))
@@ -187,8 +188,8 @@ def plain(model, trees: list[data.Tree], rows: int, config: train.Config) -> tor
 
 
 def plain_steps(model, steps, rows: int, config: train.Config) -> None:
-    """What train.optimise does, with the reference model in the step."""
-    reference, gamma = copy.deepcopy(model).requires_grad_(False), rankc.gamma_matrix(config)
+    """What train.train does, with the reference model in the step."""
+    reference, gamma = copy.deepcopy(model).requires_grad_(False), train.gamma_matrix(config)
     weights, table = list(model.parameters()), (-1, len(config.langs), 2)  # (B, L, K)
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
     some = max(1, rows // 2 // len(config.langs))  # questions at once
@@ -220,9 +221,9 @@ def turns(pipe, turn: Counter, work):
 def one_way(pipe, arguments, shape: str, stage: str, way: str) -> None:
     """A process of `compare`: one way through one stage, in turns."""
     if way == "packed":
-        rankc.start(arguments.device)
+        train.init_distributed(train.Config(model="m", device=arguments.device))
     elif arguments.reuse:
-        rankc.reuse_memory()
+        train.reuse_memory()
     model, trees, items, config = prepare(arguments, shape)
     packed = dco.packs_exactly(model, [row[0] for row in trees[:2]])
     pipe.send(shape_of(model))
@@ -235,7 +236,7 @@ def one_way(pipe, arguments, shape: str, stage: str, way: str) -> None:
         model.eval()
         for trees in turns(pipe, turn, repeat(pruned)):
             if way == "packed":
-                scores = rankc.score(model, trees, config, "", packed).transpose(0, 1)
+                scores = train.score(model, trees, config, packed)
                 turn["scores"] = scores[scores.isfinite()]
             else:
                 with torch.no_grad():
@@ -250,7 +251,7 @@ def one_way(pipe, arguments, shape: str, stage: str, way: str) -> None:
             (torch.optim.AdamW, "step", "optimizer"),
         ):
             setattr(owner, name, clocked(getattr(owner, name), turn, part))
-        train.optimise(model, turns(pipe, turn, items), 10**6, config, packed, lambda line: None)
+        train.train(model, turns(pipe, turn, items), 10**6, config, packed, lambda line: None)
 
 
 def compare(arguments, shape: str) -> None:
@@ -352,13 +353,13 @@ def need(shape: Shape, processes: int, shard: bool, tokens: int, scored: int, si
 
 
 def training(pipe, arguments, shape: str) -> None:
-    """What steps by train.optimise take: times, bytes, bytes by formula, tokens; None: no room.
+    """What steps by train.train take: times, bytes, bytes by formula, tokens; None: no room.
 
     Times of steps and, with --processes, of steps without the exchange, and of the exchange alone.
     """
     if arguments.memory:
-        rankc.reuse_memory = lambda: None  # what is freed is to be seen as such
-    device, _ = rankc.start(arguments.device)
+        train.reuse_memory = lambda: None  # what is freed is to be seen as such
+    device = train.init_distributed(train.Config(model="m", device=arguments.device))
     rank, world = dist.get_rank(), dist.get_world_size()
     model, _, items, config = prepare(arguments, shape)
     parameters, size = sum(w.numel() for w in model.parameters()), shape_of(model)
@@ -392,7 +393,7 @@ def step_times(model, items, number: int, config: train.Config) -> list[float]:
     """Seconds of so many steps after a first, from one line of the log to the next."""
     ends = []
     log = lambda line: ends.append(now())  # noqa: E731
-    train.optimise(model, islice(items, number + 1), number + 1, config, True, log)
+    train.train(model, islice(items, number + 1), number + 1, config, True, log)
     return [end - begun for begun, end in pairwise(ends)]
 
 
@@ -454,9 +455,10 @@ def scale_measures() -> None:
     print("every measure of rankc.measure, 10 candidates, one thread")
     empty = room("VmRSS")
     for L, Q in ((4, 100_000), (8, 100_000), (17, 25_000), (17, 50_000), (17, 100_000)):
-        scores, langs = torch.randn(L, Q, 10), [str(n) for n in range(L)]
+        scores, langs = torch.randn(Q, L, 10), [str(n) for n in range(L)]
         spent = seconds(lambda: rankc.measure(scores, scores, [0] * Q, langs))
-        a, b = scores[[0, -1]][:, random.Random(0).sample(range(Q), 40)]  # (40, K) each
+        some = random.Random(0).sample(range(Q), 40)
+        a, b = scores[some][:, [0, -1]].unbind(1)  # (40, K) each
         by_sets = map(consist, *(x.argsort(descending=True).tolist() for x in (a, b)))
         wrong = (rankc.rankc(a, b) - torch.tensor([*by_sets], dtype=torch.double)).abs().max()
         print(
@@ -528,7 +530,7 @@ def main() -> None:
     if arguments.gradient_checkpointing and not (arguments.only or arguments.largest):
         parser.error("--checkpointing goes with --only: the plain way has none")
     sys.stdout.reconfigure(line_buffering=True)
-    rankc.reuse_memory()  # the bare products are computed in this process
+    train.reuse_memory()  # the bare products are computed in this process
     if arguments.scale:
         scale_measures()
         return scale_data()

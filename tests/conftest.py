@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -41,9 +42,9 @@ def process_group():
     """A process group of one, in this process."""
     import torch.distributed as dist
 
-    import rankc
+    import train
 
-    rankc.start("cpu")
+    train.init_distributed(train.Config(model="m", device="cpu"))
     yield
     dist.destroy_process_group()
 
@@ -151,26 +152,27 @@ def launch(script, *arguments, processes=0, torchrun=0, fails=False, cwd=ROOT):
 
 
 def inside(script, arguments):
-    import rankc
-
     text, before = io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.argv, status = [script, *arguments], 0
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         try:
-            rankc.run(*entry(script))
+            run(script)
         except SystemExit as ended:
             status = ended.code
         finally:
             sys.argv = before
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return status, text.getvalue()
 
 
-def entry(script):
+def run(script):
+    """What a script does where it is the program."""
     import rankc
     import train
 
-    hint = "; the same command with --resume goes on"
-    return (train.main, hint) if script == "train.py" else (rankc.main,)
+    rankc.main() if script == "rankc.py" else train.run(train.main)
 
 
 def fork(script, arguments, processes=1, before=None, **environment):
@@ -203,13 +205,11 @@ def child(script, arguments, there, output, before):
     file = os.open(output, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    import rankc
-
     torch.set_num_threads(1)
     sys.argv = [script, *arguments]
     if before:
         before()
-    rankc.run(*entry(script))
+    run(script)
 
 
 def wait(started, timeout=240):

@@ -34,7 +34,7 @@ def question(L: int, K: int, gold=0, id="q"):
 
 
 def config(L: int, method: str, **more):
-    return train.Config(method=method, langs=LANGS[:L], **more)
+    return train.Config(**{"model": "m", "method": method, "langs": LANGS[:L], **more})
 
 
 # ------------------------------------------------------------------------------------ the vote
@@ -77,7 +77,7 @@ def test_a_missing_candidate_wins_no_vote_and_other_questions_do_not_matter():
 def test_calm_trains_the_languages_whose_own_answer_is_not_the_majoritys(rows):
     L, K = len(rows), len(rows[0])
     winner, _ = by_counting(rows)
-    chosen, used = train.choose(question(L, K), torch.tensor(rows), 0, config(L, "calm"))
+    chosen, used = train.select_candidates(question(L, K), torch.tensor(rows), 0, config(L, "calm"))
     own = [row.index(max(row)) for row in rows]
     assert used == [i for i in range(L) if own[i] != winner]
     assert all(chosen[i].tolist() == [winner, own[i]] for i in used)
@@ -87,8 +87,8 @@ def test_calm_trains_the_languages_whose_own_answer_is_not_the_majoritys(rows):
 def test_calm_gives_each_language_the_same_pair_in_whatever_order_they_stand(rows, rng):
     L, K = len(rows), len(rows[0])
     order = rng.sample(range(L), L)
-    chosen, used = train.choose(question(L, K), torch.tensor(rows), 0, config(L, "calm"))
-    again, moved = train.choose(
+    chosen, used = train.select_candidates(question(L, K), torch.tensor(rows), 0, config(L, "calm"))
+    again, moved = train.select_candidates(
         question(L, K), torch.tensor([rows[i] for i in order]), 0, config(L, "calm")
     )
     pairs = {i: chosen[i].tolist() for i in used}
@@ -101,20 +101,20 @@ def test_a_unanimous_question_gives_no_pair_and_gold_is_not_looked_at(best, L):
     row[best] = -1.0
     table = torch.tensor([row] * L)
     for gold in (0, 3, None):
-        assert train.choose(question(L, 4, gold), table, 0, config(L, "calm"))[1] == []
+        assert train.select_candidates(question(L, 4, gold), table, 0, config(L, "calm"))[1] == []
     other = torch.tensor([row] * (L - 1) + [row[1:] + row[:1]])
-    kept, vote = train.poll(
+    split, vote = train.calm_votes(
         [question(L, 4, None, "a"), question(L, 4, None, "b")],
-        torch.stack([table, other], 1),
+        torch.stack([table, other]),
         config(L, "calm"),
     )
-    assert kept == [1] and vote["unanimous"] == 1 and vote["ties"] == 0
+    assert split == [1] and vote["unanimous"] == 1 and vote["ties"] == 0
     assert vote["pairs"] == {**dict.fromkeys(LANGS[: L - 1], 0), LANGS[L - 1]: 1}
 
 
 def test_ties_are_counted():
-    table = torch.tensor([[[-1.0, -2, -9]], [[-2.0, -1, -9]], [[-5.0, -9, -1]]])
-    kept, vote = train.poll([question(3, 3)], table, config(3, "calm"))
+    table = torch.tensor([[[-1.0, -2, -9], [-2.0, -1, -9], [-5.0, -9, -1]]])
+    split, vote = train.calm_votes([question(3, 3)], table, config(3, "calm"))
     assert vote == {"unanimous": 0, "ties": 1, "pairs": {"en": 0, "fr": 1, "es": 1}}
 
 
@@ -122,17 +122,21 @@ def test_ties_are_counted():
 def test_dpo_prefers_gold_over_another_that_all_languages_share_and_sft_takes_gold(K, draw, seed):
     gold = draw.draw(st.integers(0, K - 1))
     table = torch.zeros(3, K)
-    pairs, used = train.choose(question(3, K, gold), table, 0, config(3, "dpo", seed=seed))
+    pairs, used = train.select_candidates(
+        question(3, K, gold), table, 0, config(3, "dpo", seed=seed)
+    )
     assert used == [0, 1, 2] and pairs.tolist() == [pairs[0].tolist()] * 3
     assert pairs[0, 0] == gold and 0 <= pairs[0, 1] < K and pairs[0, 1] != gold
-    only, used = train.choose(question(3, K, gold), table, 0, config(3, "sft"))
+    only, used = train.select_candidates(question(3, K, gold), table, 0, config(3, "sft"))
     assert used == [0, 1, 2] and only.tolist() == [[gold]] * 3
 
 
 def test_the_other_answer_of_dpo_is_each_as_often():
     other = Counter(
         int(
-            train.choose(question(2, 4, 1, str(i)), torch.zeros(2, 4), 0, config(2, "dpo"))[0][0, 1]
+            train.select_candidates(
+                question(2, 4, 1, str(i)), torch.zeros(2, 4), 0, config(2, "dpo")
+            )[0][0, 1]
         )
         for i in range(3000)
     )
@@ -143,24 +147,24 @@ def test_the_other_answer_of_dpo_is_each_as_often():
 
 
 def descend(method: str, reference: torch.Tensor, golds: list, steps=4000, rate=0.2, **more):
-    """Gradient descent on a policy that is a table, (L, Q, K), on the items that a run would take.
+    """Gradient descent on a policy that is a table, (Q, L, K), on the items that a run would take.
 
     Returns log pi and the pairs that were trained: (question, language, preferred, other).
     """
-    L, Q, K = reference.shape
+    Q, L, K = reference.shape
     settings = config(L, method, batch_questions=Q, **more)
     questions = [question(L, K, gold, str(q)) for q, gold in enumerate(golds)]
     trees = [[data.Tree([0], [[q, i, k] for k in range(K)]) for i in range(L)] for q in range(Q)]
     gamma = dco.gamma_from_trust(torch.ones(L, dtype=torch.double), settings.beta)
-    (items,) = train.draw(questions, trees, reference, gamma, settings)
-    rows = [(item.trees[i].branches, item.ref[i], item.r_align[i]) for item in items
-            for i in item.used]  # fmt: skip
+    (items,) = train.make_batches(questions, trees, reference, gamma, settings)
+    rows = [(item.trees[i].branches, item.ref_logps[i], item.r_align[i]) for item in items
+            for i in item.trained]  # fmt: skip
     policy = reference.clone().requires_grad_()
     for _ in range(steps):
         logps, loss = policy.log_softmax(-1), 0.0
         for branches, ref, r_align in rows:
-            got = torch.stack([logps[i, q, k] for q, i, k in branches])
-            loss = loss + train.term(got, ref[: len(got)], r_align[: len(got)], settings)
+            got = torch.stack([logps[q, i, k] for q, i, k in branches])
+            loss = loss + train.language_loss(got, ref[: len(got)], r_align[: len(got)], settings)
         (gradient,) = torch.autograd.grad(loss, policy)
         policy.data -= rate * gradient
     pairs = [(b[0][0], b[0][1], b[0][2], b[-1][2]) for b, *_ in rows]
@@ -170,7 +174,7 @@ def descend(method: str, reference: torch.Tensor, golds: list, steps=4000, rate=
 @pytest.fixture(scope="module")
 def reference():
     g = torch.Generator().manual_seed(5)
-    return torch.randn(3, 6, 4, generator=g).mul(2).log_softmax(-1)
+    return torch.randn(3, 6, 4, generator=g).transpose(0, 1).mul(2).log_softmax(-1)
 
 
 def test_dpo_prefers_the_gold_answer_on_every_training_pair_at_convergence(reference):
@@ -178,24 +182,24 @@ def test_dpo_prefers_the_gold_answer_on_every_training_pair_at_convergence(refer
     logps, pairs = descend("dpo", reference, golds, steps=1500, rate=3.0, beta=0.5)
     assert len(pairs) == 18
     for q, i, preferred, other in pairs:
-        assert preferred == golds[q] and logps[i, q, preferred] > logps[i, q, other]
-    assert any(reference[i, q, w] < reference[i, q, l] for q, i, w, l in pairs)  # noqa: E741
+        assert preferred == golds[q] and logps[q, i, preferred] > logps[q, i, other]
+    assert any(reference[q, i, w] < reference[q, i, l] for q, i, w, l in pairs)  # noqa: E741
 
 
 def test_sft_makes_the_gold_answer_the_likeliest_in_every_language(reference):
     golds = [0, 1, 2, 3, 0, 1]
     logps, _ = descend("sft", reference, golds, steps=300)
-    assert (logps.argmax(-1) == torch.tensor(golds)).all() and logps.amax(-1).min() > -0.2
+    assert (logps.argmax(-1).T == torch.tensor(golds)).all() and logps.amax(-1).min() > -0.2
 
 
 def test_calm_brings_every_language_over_to_the_majority_and_leaves_the_others_alone(reference):
     logps, pairs = descend("calm", reference, [None] * 6, steps=1500, rate=3.0, beta=0.5)
     own, touched = reference.argmax(-1), {(q, i) for q, i, *_ in pairs}
     for q in range(6):
-        winner, _ = by_counting(reference[:, q].tolist())
+        winner, _ = by_counting(reference[q].tolist())
         for i in range(3):
-            if own[i, q] == winner:
+            if own[q, i] == winner:
                 assert (q, i) not in touched
-                torch.testing.assert_close(logps[i, q], reference[i, q])
+                torch.testing.assert_close(logps[q, i], reference[q, i])
             else:
-                assert (q, i) in touched and logps[i, q, winner] > logps[i, q, own[i, q]]
+                assert (q, i) in touched and logps[q, i, winner] > logps[q, i, own[q, i]]

@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import re
-import tarfile
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -41,18 +40,9 @@ FACTS = [  # subject, index of the right answer, and the prompt with its answers
 ]  # fmt: skip
 BMLAMA = "Prompt\tAns\tCandidate Ans\tSubject\n"
 MMMLU = ",Question,A,B,C,D,Answer,Subject\n"
-SPEC = {"bmlama": "bmlama:{}", "mmlu": "mmmlu:{}", "mmmlu": "mmmlu:{}", "tar": "mmmlu:{}",
+SPEC = {"bmlama": "bmlama:{}", "mmlu": "mmmlu:{}", "mmmlu": "mmmlu:{}",
         "xcsqa": "xcsqa:{}", "jsonl": "jsonl:{}/own.jsonl"}  # fmt: skip
 DIRECTORY = "a directory"  # in place of a file's bytes
-
-
-def archive(**members):
-    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(f"data/test/{name}_test.csv")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return file.getvalue()
 
 
 def files(kind, langs=("en", "es")):
@@ -87,9 +77,6 @@ def files(kind, langs=("en", "es")):
             if kind != "jsonl" or lang == langs[0]:  # which has a line for all languages
                 made[name] = made.get(name, start) + line + "\n"
     made = {name: text.encode() for name, text in made.items()}
-    if kind == "tar":
-        parts = {subject: made.pop(f"{subject}_test.csv") for subject in ("asia", "south")}
-        made["data.tar"] = archive(**parts)
     return made
 
 
@@ -301,18 +288,6 @@ harm("mmmlu", "FOLDER: asia has 1 rows in es, 2 in en", (",asia\n", ",Asia\n"))
 turned = every(",([A-D])(?=,[as])", lambda found: "," + "BCDA"["ABCD".index(found[1])])
 harm("mmmlu", "FOLDER: the right letter of 4 of 4 questions differs between langu", turned)
 
-# The archive of the original English.
-TAR = WHOLE["tar"]["data.tar"]
-PARTS = {subject: WHOLE["mmlu"][f"{subject}_test.csv"] for subject in ("asia", "south")}
-ZIPPED = gzip.compress(TAR, mtime=0)
-torn = [b"", b"\0" * 100, HTML, POINTER, DIRECTORY, TAR[:300], TAR[:600], TAR[512:], b"1" + TAR[1:]]
-torn += [ZIPPED[:5], ZIPPED[:60], ZIPPED[: len(ZIPPED) // 2], ZIPPED[10:]]
-torn += [ZIPPED[:40] + b"\xff\xff" + ZIPPED[42:], ZIPPED[:10] + b"\xff" + ZIPPED[11:]]
-harm("tar", "FOLDER/data.tar: ", *torn, name="data.tar")
-harm("tar", "FOLDER has no language 'en'", None, archive(), name="data.tar")
-for content in (b"torn,", b"\xff"):
-    harm("tar", "FOLDER/data.tar", archive(asia=content), name="data.tar")
-
 # JSON Lines.
 INF, NAN = float("inf"), float("nan")
 BROKEN = [
@@ -402,8 +377,6 @@ TOLD = [  # what a rule of the format drops, or keeps without a right answer; th
     bad("mmmlu", ("\n1,", "\n2,"), f"dropped 2 questions {GONE}", "asia/0 south/0 south/1"),
     bad("mmmlu", every("asia", "Asien"), f"dropped 4 questions {GONE}", "south/0 south/1"),
     bad("mmmlu", every(".*south\n", ""), f"dropped 2 questions {GONE}", "asia/0 asia/1"),
-    bad("tar", TAR[:1100], f"dropped 2 questions {GONE}", "asia/0 asia/1", "data.tar"),
-    bad("tar", archive(asia=PARTS["asia"]), f"2 questions {GONE}", "asia/0 asia/1", "data.tar"),
     bad("xcsqa", every('.*"q1".*\n', ""), f"dropped 1 questions {GONE}", "q0 q2 q3"),
     bad("xcsqa", put("id", "q4"), f"dropped 2 questions {GONE}", "q0 q2 q3"),
     *(bad("xcsqa", put("answerKey", gone), BLIND, "q0 q1 q2 q3") for gone in (None, "", ...)),
@@ -415,7 +388,7 @@ CUTS = [  # the file for Spanish after so many bytes
 ]
 
 
-PLACE = r"line \d+|question '|not UTF-8|no questions|\d rows|no language|right letter of|data.tar: "
+PLACE = r"line \d+|question '|not UTF-8|no questions|\d rows|no language|right letter of"
 
 
 def attempt(kind, files, langs=("en", "es")):

@@ -70,7 +70,7 @@ def some_trees(seed: int, number: int = 8) -> list[data.Tree]:
 def one_by_one(model, trees) -> list[list[torch.Tensor]]:
     """The plain way: prompt and answer alone, all logits, the answer's log-probs summed."""
     scores = []
-    for prefix, branches, lead in trees:
+    for prefix, branches, prompt_len in trees:
         scores.append([])
         for branch in branches:
             ids = torch.tensor([prefix + branch])
@@ -80,7 +80,7 @@ def one_by_one(model, trees) -> list[list[torch.Tensor]]:
                 .log_softmax(-1)
                 .gather(1, ids[0, 1:, None])[:, 0]
             )
-            scores[-1].append(logps[len(logps) - (len(branch) - lead) :].sum())
+            scores[-1].append(logps[len(logps) - (len(branch) - prompt_len) :].sum())
     return scores
 
 
@@ -223,7 +223,7 @@ def test_rows_are_never_dearer_than_one_long_row_or_one_row_each(sizes, hidden_s
         ]
         return len(widths) * max(widths) * (6 * hidden_size + max(widths))
 
-    rows = dco.spread(sizes, hidden_size)
+    rows = dco.assign_rows(sizes, hidden_size)
     assert len(rows) == len(sizes) and set(rows) == set(range(max(rows) + 1))
     assert cost(rows) <= min(cost([0] * len(sizes)), cost(list(range(len(sizes)))))
 
@@ -261,7 +261,7 @@ def test_logits_are_computed_only_where_a_row_scores_something():
     """Letters after prompts of several lengths: a row each, one column of logits for all."""
     model, asked = tiny_llama(100), []
     trees = [data.Tree(list(range(1, n)), [[1], [2], [3], [4]]) for n in (90, 92, 95, 98)]
-    assert dco.spread([tree.tokens() for tree in trees], 32) == [3, 2, 1, 0]
+    assert dco.assign_rows([tree.tokens() for tree in trees], 32) == [3, 2, 1, 0]
     model.register_forward_pre_hook(
         lambda _, __, kwargs: asked.append(kwargs["logits_to_keep"]), with_kwargs=True
     )

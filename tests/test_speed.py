@@ -50,8 +50,9 @@ def test_rows_of_a_step_are_dealt_so_that_no_process_waits_long(seed, world):
         train.Item([data.Tree([1] * n, [[1], [2]]) for n in pair], None, None, [0, 1], str(q))
         for q, pair in enumerate(lengths)
     ]
-    config = train.Config(langs=["en", "es"])
-    shares = [sum(groups, []) for groups in train.micro_batches(items, config, True, world)]
+    config = train.Config(model="m", langs=["en", "es"])
+    each = [train.assign_microbatches(items, config, True, rank, world) for rank in range(world)]
+    shares = [sum(groups, []) for groups in each]
     assert sorted(sum(shares, [])) == [(q, i) for q in range(8) for i in range(2)]
     tokens = [sum(lengths[q][i] for q, i in share) for share in shares]
     assert max(tokens) - min(tokens) <= max(map(max, lengths))
@@ -59,10 +60,11 @@ def test_rows_of_a_step_are_dealt_so_that_no_process_waits_long(seed, world):
 
 
 def test_memory_that_torch_frees_is_not_fetched_from_the_system_again():
-    """80 MB made and dropped again and again fault in anew, but not after rankc.start."""
+    """80 MB made and dropped again and again fault in anew, but not after init_distributed."""
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[1]); import torch, rankc\n"
-        "if sys.argv[2] == 'reuse': rankc.start('cpu')\n"
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import torch, train\n"
+        "config = train.Config(model='m', device='cpu')\n"
+        "if sys.argv[2] == 'reuse': train.init_distributed(config)\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for n in range(12):\n"
         "    if n == 6: begun = faults()\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import assert_same, command, launch, tiny_llama, train
+from conftest import assert_same, launch, tiny_llama, train
 
 
 @pytest.fixture(scope="module")
@@ -176,28 +176,23 @@ def test_dpo_then_dco_by_subject_stand_in_one_table_with_what_their_metrics_say(
     )
     parts = second["test"]["subjects"]
     assert {name: part["questions"] for name, part in parts.items()} == {"even": 6, "odd": 2}
-    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     change = 100 * (parts["even"]["trained"]["clc"] - parts["even"]["base"]["clc"])
-    assert rows["even"][0] == "6" and rows["even"][2] == f"{change:+.1f}"
-    table = launch("rankc.py", "--compare", world / "first", world / "second", "--markdown")
+    last = [row for row in rows if row[:1] == ["even"]][-1]  # of the report after training
+    assert last[1] == "6" and last[2].split()[1] == f"{change:+.1f}"
+    table = launch("rankc.py", world / "first", world / "second")
     cells = {line.split("|")[1].strip(): line.split("|")[2].split() for line in
              table.splitlines() if line.startswith("|")}  # fmt: skip
     began = first["test"]["base"]["clc"]
     assert cells["base"] == [f"{100 * began:.1f}"] and table.count("CLC_all") == 1
     for name, metrics in (("first", first), ("second", second)):
         assert cells[name][0] == f"{100 * (metrics['test']['trained']['clc'] - began):+.1f}"
-    judge = command(world, world / "judged-parts", *more, "--model", world / "second")
-    for name in ("--lr", "--schedule", "--batch_questions"):
-        del judge[judge.index(name) : judge.index(name) + 2]
-    launch("rankc.py", *judge)
+    judge = ("--eval_only", "--model", world / "second", "--out", world / "judged-parts")
+    launch("train.py", *judge, "--device", "cpu")
     judged = json.loads((world / "judged-parts" / "metrics.json").read_text())
     for split in ("train", "test"):
         assert judged[split]["questions"] == second[split]["questions"]
         assert judged[split]["base"]["clc"] == pytest.approx(second[split]["trained"]["clc"])
-
-
-def test_markdown_is_for_a_comparison():
-    assert "--markdown is for --compare" in launch("rankc.py", "--markdown", fails=True)
 
 
 SPLITS = [
@@ -315,12 +310,12 @@ def test_a_pairwise_target_comes_from_the_other_language_alone():
     questions = [data.Question(str(i), "", 0, dict.fromkeys(langs, "x"), answers) for i in range(9)]
     trees = [[data.Tree([1], [[1], [2], [3]])] * 3] * 9
     gamma, seen = torch.ones(3, 3).fill_diagonal_(0), set()
-    config = train.Config(langs=langs, objective="pairwise", candidates=3)
-    for items in train.draw(questions, trees, torch.randn(3, 9, 3), gamma, config):
+    config = train.Config(model="m", langs=langs, objective="pairwise", candidates=3)
+    for items in train.make_batches(questions, trees, torch.randn(9, 3, 3), gamma, config):
         for item in items:
-            a, b = item.used
+            a, b = item.trained
             seen.add((a, b))
-            torch.testing.assert_close(item.r_align[[a, b]], item.ref[[b, a]])
+            torch.testing.assert_close(item.r_align[[a, b]], item.ref_logps[[b, a]])
     assert seen == {(0, 1), (0, 2), (1, 2)}
 
 
@@ -329,13 +324,20 @@ def test_the_steps_bring_the_policy_to_the_optimal_one(process_group, beta):
     """Lemma 2 on a network: trained on two questions, its log-odds are those of pi* (Eq. 10)."""
     import data
     import dco
-    import rankc
     import train
 
     langs, answers = ["en", "es"], [[5, 6], [7], [8, 9]]
     trees = [[data.Tree([q + 1, lang + 3], answers) for lang in (0, 1)] for q in (10, 20)]
     config = train.Config(
-        langs=langs, beta=beta, lr=3e-3, epochs=200, candidates=3, trust=["en=2"], log_every=100
+        model="m",
+        langs=langs,
+        batch_questions=4,
+        beta=beta,
+        lr=3e-3,
+        epochs=200,
+        candidates=3,
+        trust=["en=2"],
+        log_every=100,
     )
     questions = [
         data.Question(
@@ -343,61 +345,66 @@ def test_the_steps_bring_the_policy_to_the_optimal_one(process_group, beta):
         )
         for q in (0, 1)
     ]
-    model, log, gamma = tiny_llama(100), [], rankc.gamma_matrix(config)
-    reference = rankc.score(model, trees, config, "reference", packed=True)
-    steps = train.draw(questions, trees, reference, gamma, config)
-    train.optimise(model, steps, 200, config, True, log.append)
-    wanted = dco.optimal_policy(reference.transpose(0, 1).double(), gamma, beta)
-    reached = rankc.score(model, trees, config, "evaluate", packed=True).transpose(0, 1).double()
+    model, log, gamma = tiny_llama(100), [], train.gamma_matrix(config)
+    reference = train.score(model, trees, config, packed=True)
+    steps = train.make_batches(questions, trees, reference, gamma, config)
+    train.train(model, steps, 200, config, True, log.append)
+    wanted = dco.optimal_policy(reference.double(), gamma, beta)
+    reached = train.score(model, trees, config, packed=True).double()
     torch.testing.assert_close(reached.log_softmax(-1), wanted, rtol=0, atol=0.2)
     assert log[-1]["consistent"] == 1
 
 
-def test_rankc_reports_the_same_numbers_as_the_run(world, alone):
+def test_eval_only_judges_a_run_on_its_own_questions_unless_told_otherwise(world, alone):
     out, _ = alone
-    text = launch(
-        "rankc.py",
-        "--model",
-        out,
-        "--data",
-        f"jsonl:{world / 'q.jsonl'}",
-        "--langs",
-        "en",
-        "es",
-        "fr",
-        "--train_questions",
-        7,
-        "--out",
-        world / "judged",
-        "--device",
-        "cpu",
-    )
-    ours, theirs = (
-        json.loads((folder / "metrics.json").read_text()) for folder in (out, world / "judged")
-    )
+    judged = world / "judged"
+    text = launch("train.py", "--eval_only", "--model", out, "--out", judged, "--device", "cpu")
+    ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (out, judged))
     for split in ("train", "test"):
+        assert theirs[split]["questions"] == ours[split]["questions"]
         for name in ("clc", "accuracy", "top1_agreement"):
             assert theirs[split]["base"][name] == pytest.approx(ours[split]["trained"][name]), name
+        assert "trained" not in theirs[split]
     assert "optimum" in text and theirs["chance"] == ours["chance"]
+    there = {path.name for path in judged.iterdir()}
+    assert there - {"clc.png"} == {"run.json", "metrics.json", "answers.jsonl"}
+    more = ("--langs", "fr", "en", "--train_questions", 0, "--out", world / "judged-otherwise")
+    launch("train.py", "--eval_only", "--model", out, *more, "--device", "cpu")
+    theirs = json.loads((world / "judged-otherwise" / "metrics.json").read_text())
+    assert theirs["languages"] == ["fr", "en"] and "train" not in theirs
+    assert theirs["test"]["questions"] == 11
+
+
+def test_eval_only_judges_any_model_on_the_questions_that_are_named(world, tmp_path):
+    named = ("--model", world / "model", "--data", f"jsonl:{world / 'q.jsonl'}", "--device", "cpu")
+    more = ("--langs", "en", "es", "--out", tmp_path / "out")
+    launch("train.py", "--eval_only", *named, *more, processes=2)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["test"]["questions"] == 11 and "train" not in metrics
+    text = launch("train.py", "--eval_only", *named, *more, "--lr", "1e-5", fails=True)
+    assert "--lr: --eval_only has no use of it" in text
 
 
 BAD = [
     (["--langs", "en", "xx"], "has nothing in language 'xx'; it has en, es, fr"),
-    (["--langs", "en"], "two languages or more"),
+    (["--langs", "en"], "--langs en: dco takes 2 languages or more"),
     (["--train_questions", "12"], "there are 11"),
     (["--trust", "en=0"], "must be positive"),
     (["--trust", "sw=1"], "'sw' is not among"),
     (["--data", "jsonl:/no/such.jsonl"], "No such file"),
     (["--model", "/no/such/model"], "no causal language model can be loaded"),
-    (["--model", "some-org/some-model"], "or a hub name where there is network"),
-    (["--data", "mmmlu:some-org/some-data"], "some-org/some-data is no folder here, and the hub"),
-    (["--candidates", "1"], "two or more"),
+    (["--model", "some-org/some-model"], "is no folder, and the hub does not give it"),
+    (
+        ["--data", "mmmlu:some-org/some-data"],
+        "some-org/some-data: no such folder; one of the hub comes by: hf download",
+    ),
+    (["--candidates", "1"], "--candidates 1: must be at least 2"),
     (["--batch_questions", "0"], "at least 1"),
-    (["--save_every", "-1"], "--save_every -1: must not be negative"),
+    (["--save_every", "-1"], "--save_every -1: must be at least 0"),
     (["--timeout", "0"], "--timeout 0.0: must be positive"),
     (["--lr", "0"], "--lr 0.0: must be positive"),
-    (["--warmup", "1.5"], "--warmup 1.5: must lie in [0, 1]"),
-    (["--grad_clip", "-1"], "--grad_clip -1.0: must not be negative"),
+    (["--warmup", "1.5"], "--warmup 1.5: a share of the steps lies in [0, 1]"),
+    (["--grad_clip", "-1"], "--grad_clip -1.0: must be at least 0"),
     (["--langs", "en,es"], "--langs en,es: separate them by spaces"),
     (["--trust", "en:2"], "--trust en:2: write LANG=NUMBER, as in en=2"),
     (["--data", "/some/place"], "unknown kind '/some/place'; say what it is"),
@@ -406,7 +413,7 @@ BAD = [
     (["--schedule", "stairs"], "invalid choice"),
     (["--score", "median"], "invalid choice"),
     (["--method", "ppo"], "invalid choice"),
-    (["--method", "calm", "--langs", "en", "es"], "three languages or more; --langs names en es"),
+    (["--method", "calm", "--langs", "en", "es"], "--langs en es: calm takes 3 languages or more"),
     (["--method", "dpo", "--candidates", "3"], "--candidates: --method dpo has no use of it"),
     (["--method", "sft", "--trust", "en=2"], "--trust: --method sft has no use of it"),
     (["--method", "sft", "--beta", "2"], "--beta: --method sft has no use of it"),
@@ -434,14 +441,14 @@ def test_a_model_is_found_by_its_hub_name(world, tmp_path, monkeypatch):
     """In a cache laid out as the hub's client lays it out, for no test may need the network."""
     import huggingface_hub
 
-    import rankc
+    import train
 
     home = tmp_path / "models--some-org--some-model"
     shutil.copytree(world / "model", home / "snapshots" / "abc")
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    model, tokenizer = rankc.load_model(rankc.EvalConfig(model="some-org/some-model"), "cpu")
+    model, tokenizer = train.load_model(train.Config(model="some-org/some-model"), "cpu")
     assert model.config.hidden_size == 32 and len(tokenizer) == model.config.vocab_size
 
 
@@ -463,27 +470,25 @@ def test_a_gamma_of_another_rank_warns_and_trains(world):
 def test_the_embedded_defaults_give_way_to_what_is_asked():
     import train
 
-    assert train.defaults(train.Config(langs=["en", "sw"]))["trust"] == ["en=2"]
-    assert "trust" not in train.defaults(train.Config(langs=["fr", "es"]))
-    assert "trust" not in train.defaults(train.Config(gamma=["0.1", "10"]))
-    assert "trust" not in train.defaults(train.Config(method="dpo"))
+    assert train.Config(langs=["en", "sw"]).trust == ["en=2"]
+    assert train.Config(langs=["en", "sw"], trust=["sw=3"]).trust == ["sw=3"]
+    assert train.Config(langs=["fr", "es"]).trust == []
+    assert train.Config(gamma=["0.1", "10"]).trust == []
+    assert train.Config(method="dpo").trust == []
 
 
 @pytest.mark.parametrize(
-    "method, wanted",
-    [
-        ("dco", {"lr": 1e-5}),
-        ("sft", {"lr": 5e-7}),
-        ("dpo", {"lr": 5e-6, "beta": 0.1}),
-        ("calm", {"lr": 5e-6, "beta": 0.1}),
-    ],
+    "method, lr, beta",
+    [("dco", 1e-5, 1), ("sft", 5e-7, 1), ("dpo", 5e-6, 0.1), ("calm", 5e-6, 0.1)],
 )
-def test_each_method_has_the_rate_of_app_g_and_xcsqa_its_seven_pairs(method, wanted):
+def test_each_method_has_the_rate_of_app_g_and_xcsqa_its_seven_pairs(method, lr, beta):
     import train
 
-    assert train.defaults(train.Config(model="some/model", method=method)) == wanted
-    seven = train.defaults(train.Config(model="some/model", method=method, data="xcsqa:DIR"))
-    assert seven == {**wanted, **({"pairs_per_question": 7} if method in ("dco", "dpo") else {})}
+    config = train.Config(model="some/model", method=method)
+    found = config.lr, config.beta, config.candidates, config.epochs, config.pairs_per_question
+    assert found == (lr, beta, 2, 1, 1) and not config.trust
+    config = train.Config(model="some/model", method=method, data="xcsqa:DIR")
+    assert config.pairs_per_question == (7 if method in ("dco", "dpo") else 1)
 
 
 def test_data_of_ones_own_needs_a_model(world):

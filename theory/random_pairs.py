@@ -38,7 +38,7 @@ def pairwise_optimum(ref_logps: Tensor, gamma: Tensor, beta: float) -> Tensor:
 
 def mean_clc(logps: Tensor) -> float:
     """RankC, the mean over draws and over pairs of languages: (draws, L, K) -> float."""
-    matrix = rankc.clc(logps.transpose(0, 1))
+    matrix = rankc.clc(logps)
     return float(matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean())
 
 
