@@ -1,5 +1,6 @@
 """The README is true: its flags, equations, names, counts and files exist, its commands run."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -133,6 +134,21 @@ def test_public_functions_say_what_they_take_and_give():
             assert inspect.Signature.empty not in kinds, name
 
 
+def test_the_three_ground_modules_import_nothing_of_ours_and_two_are_installed():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    ours = {*reading.MODULES, "theory"}
+    for name in ("dco", "data", "rankc"):
+        nodes = [*ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))]
+        imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        for node in nodes:
+            imported |= (
+                {each.name for each in node.names} if isinstance(node, ast.Import) else set()
+            )
+        assert not imported & ours, name
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert installed == {"py-modules": ["dco", "rankc"], "packages": []}
+
+
 def test_the_line_of_data_that_the_readme_shows_is_a_question(tmp_path):
     (shown,) = re.findall(r'^ *(\{"id".*\n.*\}\})$', README, re.M)
     (tmp_path / "own.jsonl").write_text(shown.replace("\n", " "))
@@ -191,7 +207,7 @@ def test_every_command_in_the_readme_runs(tmp_path, monkeypatch):
             assert theory.__main__.main([*names, "lemma1", "--draws", "5"]) == 0
         elif arguments[0] == "tests/bench.py":
             script = arguments[0]
-            more = ["--model", "data/model", "--data", "atlas", "--repeat", "1"]
+            more = ["--model", "data/model", "--data", "atlas", "--repeat", "1", "--stages", "step"]
             run = [sys.executable, str(ROOT / arguments[0]), *arguments[1:], *more]
             done = subprocess.run(run, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr

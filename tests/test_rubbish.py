@@ -76,8 +76,7 @@ def files(kind, langs=("en", "es")):
             line = json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line
             if kind != "jsonl" or lang == langs[0]:  # which has a line for all languages
                 made[name] = made.get(name, start) + line + "\n"
-    made = {name: text.encode() for name, text in made.items()}
-    return made
+    return {name: text.encode() for name, text in made.items()}
 
 
 def whole(kind, langs=("en", "es")):
