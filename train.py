@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -58,7 +59,7 @@ OF_THE_RUN += "train_subjects test_subjects"
 FREE = "out resume save_every log_every max_tokens gradient_checkpointing shard device timeout"
 UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
-    "candidates grad_clip gradient_checkpointing save_every resume log_every",
+    "candidates grad_clip gradient_checkpointing save_every log_every",
     "--method sft": "trust gamma objective candidates pairs_per_question beta",
     "--method dpo": "trust gamma objective candidates",
     "--method calm": "trust gamma objective candidates pairs_per_question",
@@ -171,13 +172,14 @@ def parse_config() -> Config:
     if given.eval_only and given.model and path.is_file():
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
+            weighed = given.trust or given.gamma or given.langs  # else as the run's languages were
             for name in OF_THE_RUN.split():
-                if getattr(given, name) is None and not (name == "gamma" and given.trust):
+                if getattr(given, name) is None and not (weighed and name in ("trust", "gamma")):
                     setattr(given, name, run[name])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} was not written by this train.py ({error!r})") from error
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and given.out  # by torchrun
-    given.resume = given.resume or bool(restarted and not given.eval_only)
+    given.resume = given.resume or bool(restarted)
     config = Config(**vars(given))
     least = 3 if config.method == "calm" else 2
     if len(config.langs) < least:
@@ -567,7 +569,13 @@ def run(main: Callable[[], None]) -> None:
         print0(f"stopped by {signal.Signals(number).name}{CONTINUE}", file=sys.stderr)
         sys.exit(128 + number)
 
-    status, message = 1, ""
+    def log_error(message):
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"process {rank}: " * (rank != "0") + f"error: {message}", file=sys.stderr, flush=True
+        )
+
+    status = 1
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
@@ -576,25 +584,24 @@ def run(main: Callable[[], None]) -> None:
             dist.barrier()  # leave together: one that left early has aborted, now and then
         status = 0
     except InputError as error:
-        status, message = 2, f"{error}" * (os.environ.get("LOCAL_RANK", "0") == "0")
+        status = 2
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            log_error(error)
     except OSError as error:
-        message = f"{error}{CONTINUE}"
+        log_error(f"{error}{CONTINUE}")
     except RuntimeError as error:  # gloo and the CPU's allocator have no classes of their own
         first = str(error).partition("\n")[0]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
             less = "Lower --max_tokens, take --gradient_checkpointing, or --shard over more GPUs"
-            message = f"out of memory. {less}{CONTINUE}. {first}"
-        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            log_error(f"out of memory. {less}{CONTINUE}. {first}")
+        elif isinstance(error, dist.DistError) or re.search("gloo|pair closure", str(error)):
             lost = "lost the other processes, of which one ended, or the network failed"
-            message = f"{lost}{CONTINUE}. {first}"
+            log_error(f"{lost}{CONTINUE}. {first}")
         else:
             raise
     finally:
         if dist.is_initialized() and (status == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()  # NCCL would wait for what failed
-    if message:
-        process = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
-        print(f"{process}error: {message}", file=sys.stderr, flush=True)
     if status:
         sys.exit(status)
 

@@ -53,7 +53,7 @@ def stage(out: Path, total: int) -> str:
     if (out / "metrics.json").exists():
         return "clearing up"
     if not (kept / "reference.safetensors").exists():
-        return "making the base and its scores"
+        return "making the model and its scores"
     return "evaluation" if lines(out) == total else "steps"
 
 

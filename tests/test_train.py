@@ -375,6 +375,23 @@ def test_eval_only_judges_a_run_on_its_own_questions_unless_told_otherwise(world
     assert theirs["test"]["questions"] == 11
 
 
+def test_eval_only_takes_the_runs_trust_and_gives_way_to_another_direction(world, tmp_path):
+    out = tmp_path / "run"
+    train(world, out, "--trust", "en=3")
+    named = ("--eval_only", "--model", out, "--device", "cpu", "--out")
+
+    def judged(name, *more):
+        launch("train.py", *named, tmp_path / name, *more)
+        settings = json.loads((tmp_path / name / "run.json").read_text())
+        return settings["trust"], settings["gamma"]
+
+    assert judged("same") == (["en=3"], [])
+    assert judged("trust", "--trust", "es=2") == (["es=2"], [])
+    gamma = "[[0, 1, 1], [1, 0, 1], [1, 1, 0]]"
+    assert judged("gamma", "--gamma", gamma) == ([], [gamma])
+    assert judged("langs", "--langs", "es", "fr") == ([], [])
+
+
 def test_eval_only_judges_any_model_on_the_questions_that_are_named(world, tmp_path):
     named = ("--model", world / "model", "--data", f"jsonl:{world / 'q.jsonl'}", "--device", "cpu")
     more = ("--langs", "en", "es", "--out", tmp_path / "out")
