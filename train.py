@@ -897,7 +897,10 @@ def load_or_compute(
     tables = compute()
     if dist.get_rank() == 0:
         part = path.with_name(path.name + ".part")
-        save_file(tables, part)
+        try:
+            save_file(tables, part)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be saved: {error}") from error
         atomic_rename(part, path)
     return tables
 
@@ -916,14 +919,8 @@ def choose_folder(config: Config) -> tuple[Path, dict]:
     if not config.out:
         return next(path for n in count(1) if not (path := Path("runs", str(n))).exists()), {}
     out = Path(config.out)
-    there = (
-        {path.name for path in out.iterdir()}
-        if out.is_dir()
-        else {out.name}
-        if out.exists()
-        else set()
-    )
-    if not there - {"run.json.part"}:  # new, or killed before it began
+    there = [path.name for path in out.iterdir()] if out.is_dir() else [out.name] * out.exists()
+    if set(there) <= {"run.json.part"}:  # new, or killed before it began
         return out, {}
     if not config.resume:
         go_on = "of a run that was killed: --resume continues it"
@@ -950,9 +947,8 @@ def begin(out: Path, config: Config, old: dict, done: int) -> None:
     resumed = {"resumed": [*old.get("resumed", []), *[done] * bool(done)]}
     ran = {**versions, "git": revision, "processes": dist.get_world_size(), **resumed}
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(
-        out / "run.json", json.dumps({**settings(config), "out": str(out), **ran}, indent=1)
-    )
+    told = {**settings(config), "out": str(out), **ran}
+    atomic_write(out / "run.json", json.dumps(told, indent=1))
     (out / "checkpoint").mkdir(exist_ok=True)  # after run.json, by which a run is known
     # what a killed run logged after its last checkpoint is logged again
     path, kept = out / "log.jsonl", ""
