@@ -66,8 +66,8 @@ def test_memory_that_torch_frees_is_not_fetched_from_the_system_again():
         "config = train.Config(model='m', device='cpu')\n"
         "if sys.argv[2] == 'reuse': train.init_distributed(config)\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for n in range(12):\n"
-        "    if n == 6: begun = faults()\n"
+        "for n in range(60):\n"
+        "    if n == 30: begun = faults()\n"
         "    torch.ones(20_000_000)\n"
         "print(faults() - begun)"
     )
