@@ -173,7 +173,7 @@ def report(
         mine = {name: table[split] for name, table in tables.items()}
         every = range(len(questions))
         found = measure_tables(questions, mine, langs, metrics.setdefault(split, {}), every)
-        by_chance, guess = chance_levels([question.K for question in questions])
+        chance_clc, chance_accuracy = chance_levels([question.K for question in questions])
         columns = [found[name] for name in tables]
 
         def row(label, at_random, values, form=percent):
@@ -188,12 +188,12 @@ def report(
 
         head = [f"{split}, {len(questions)} questions", "chance", *tables]
         rows = [head + ["change"] * ("trained" in tables)]
-        rows.append(row("CLC", percent(by_chance), [each["clc"] for each in columns]))
+        rows.append(row("CLC", percent(chance_clc), [each["clc"] for each in columns]))
         agreement = [each["top1_agreement"] for each in columns]
-        rows.append(row("same top answer", percent(guess), agreement))
+        rows.append(row("same top answer", percent(chance_accuracy), agreement))
         for lang in langs:
             shares = [each["accuracy"][lang] for each in columns]
-            rows.append(row(f"accuracy {lang}", percent(guess), shares))
+            rows.append(row(f"accuracy {lang}", percent(chance_accuracy), shares))
         for lang in langs:
             moved = ["", *(percent(each["changed"][lang]) for each in columns[1:])]
             rows.append([f"answers changed {lang}", "", *moved] + [""] * ("trained" in tables))

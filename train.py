@@ -932,8 +932,8 @@ def choose_folder(config: Config) -> tuple[Path, dict]:
         wrong = f"--resume: {out} is there, but is no run of this train.py ({error!r})"
         raise InputError(wrong) from error
     if differ := "; ".join(f"{name} {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b):
-        told = f"--resume: {out} was begun with other settings: {differ}"
-        raise InputError(f"{told}. Give those, or another --out")
+        differs = f"--resume: {out} was begun with other settings: {differ}"
+        raise InputError(f"{differs}. Give those, or another --out")
     return out, old
 
 
@@ -947,8 +947,8 @@ def begin(out: Path, config: Config, old: dict, done: int) -> None:
     resumed = {"resumed": [*old.get("resumed", []), *[done] * bool(done)]}
     ran = {**versions, "git": revision, "processes": dist.get_world_size(), **resumed}
     out.mkdir(parents=True, exist_ok=True)
-    told = {**settings(config), "out": str(out), **ran}
-    atomic_write(out / "run.json", json.dumps(told, indent=1))
+    record = {**settings(config), "out": str(out), **ran}
+    atomic_write(out / "run.json", json.dumps(record, indent=1))
     (out / "checkpoint").mkdir(exist_ok=True)  # after run.json, by which a run is known
     # what a killed run logged after its last checkpoint is logged again
     path, kept = out / "log.jsonl", ""
