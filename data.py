@@ -507,7 +507,7 @@ def by_id(found: Iterable[tuple[str, Row]]) -> dict[str, Row]:
 
 
 def load_xcsqa(place: str, langs: list[str], print0: Callable) -> Loaded:
-    """X-CSQA, `[X-CSQA/]<lang>/dev.jsonl`, joined on id; without any, `test.jsonl`, which has no answer key.
+    """X-CSQA, `[X-CSQA/]<lang>/dev.jsonl`, joined on id; without any, the keyless `test.jsonl`.
 
     The published files permute the options of each language, which is refused (see `align`).
     """
