@@ -291,6 +291,20 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(stopped, undisturbed, file
         assert_equal(out, undisturbed())
 
 
+def test_a_shard_that_is_missing_between_two_others_is_refused(world, tmp_path):
+    """What is left of its weights would else be read without it, in silence."""
+    out = tmp_path / "out"
+    arguments = command(world, out, *LONG, "--shard", "--resume")
+    started = fork("train.py", arguments, 3)
+    until(lambda: steps(out))
+    started[0][0].kill()
+    wait(started)
+    (newest,) = (out / "checkpoint").glob(f"step-{steps(out)[-1]}")
+    (newest / "shard-00002-model-00001-of-00001.safetensors").unlink()
+    statuses, text = wait(fork("train.py", arguments, 3))
+    assert statuses == [2] * 3 and f"{newest} is damaged" in text and "are missing" in text, text
+
+
 def test_a_folder_of_someone_elses_is_neither_taken_for_a_run_nor_removed(world, tmp_path):
     precious = tmp_path / "out" / "checkpoint" / "precious"
     precious.parent.mkdir(parents=True)
