@@ -176,15 +176,13 @@ def report(
         chance_clc, chance_accuracy = chance_levels([question.K for question in questions])
         columns = [found[name] for name in tables]
 
-        def row(label, at_random, values, form=percent):
-            cells = [form(value) for value in values]
+        def row(label, at_random, values, scale=100, digits=1):
+            cells = ["" if x is None else f"{scale * x:.{digits}f}" for x in values]
             if "trained" in tables:
                 old, new = values[0], values[-1]
-                cells.append("" if old is None or new is None else form(new - old, "+.1f"))
+                known = old is not None and new is not None
+                cells.append(f"{scale * (new - old):+.{digits}f}" if known else "")
             return [label, at_random, *cells]
-
-        def nats(value, form=".2f"):
-            return "" if value is None else f"{value:{form.replace('1', '2')}}"
 
         head = [f"{split}, {len(questions)} questions", "chance", *tables]
         rows = [head + ["change"] * ("trained" in tables)]
@@ -199,7 +197,7 @@ def report(
             rows.append([f"answers changed {lang}", "", *moved] + [""] * ("trained" in tables))
         for kind in ("right", "wrong"):
             values = [each["entropy"][kind] for each in columns]
-            rows.append(row(f"entropy of {kind} answers, nats", "", values, nats))
+            rows.append(row(f"entropy of {kind} answers, nats", "", values, scale=1, digits=2))
         texts += ["", format_table(rows)]
         if len(langs) > 2:
             texts += ["", format_table(_pairs(found, langs))]

@@ -1056,10 +1056,12 @@ def describe(
         drawn = f"{config.candidates} candidates each" + f" ({fewer} have fewer)" * (fewer > 0)
         weighed = f"gamma {config.gamma}" if config.gamma else f"trust {config.trust or 'equal'}"
         more = f", {config.objective}, {drawn}, {weighed}" * (config.method == "dco")
+        more = f", beta {config.beta:g}" * (config.method != "sft") + more
+        bound = "at most " * (config.method == "calm")  # the votes are not counted yet
         lines.append(
-            f"{total} steps of {config.batch_questions} questions over all processes, epochs "
-            f"{config.epochs}, learning rate {config.lr:g} {config.schedule}; {config.method}, "
-            f"beta {config.beta:g}{more}"
+            f"{bound}{total} steps of {config.batch_questions} questions over all processes, "
+            f"epochs {config.epochs}, learning rate {config.lr:g} {config.schedule}; "
+            f"{config.method}{more}"
         )
     for lang, tree in zip(config.langs[:2], next(iter(trees.values()))[0], strict=False):
         answers = [tokenizer.decode(branch) for branch in tree.branches]
