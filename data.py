@@ -10,17 +10,14 @@ import hashlib
 import json
 import random
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
-
-if TYPE_CHECKING:  # slow to import
-    from transformers import PreTrainedTokenizerBase
+from typing import Any, NamedTuple, TextIO
 
 
 class InputError(ValueError):
@@ -47,8 +44,6 @@ class Question:
 
 
 # ---------------------------------------------------------------------- split and sampling (App. H)
-
-
 def split(
     questions: list[Question],
     train: int | None,
@@ -63,30 +58,26 @@ def split(
     part only, the other takes the other subjects. Adding a language or a process changes neither
     part. Raises InputError for a subject that is not there and if there are too few questions.
     """
-
-    def allowed(question: Question, named: Collection[str], other_part: Collection[str]) -> bool:
-        return question.subject in named if named else question.subject not in other_part
-
+    there, *named = (
+        set(x) for x in ((q.subject for q in questions), train_subjects, test_subjects)
+    )
+    if unknown := set.union(*named) - there:
+        some = ", ".join(sorted(there)[:60])
+        raise InputError(f"there is no subject {min(unknown)!r}; there are {some}")
     order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
-    there = sorted({q.subject for q in questions})
-    for subject in (*train_subjects, *test_subjects):
-        if subject not in there:
-            some = ", ".join(there[:60]) + ", ..." * (len(there) > 60)
-            raise InputError(f"there is no subject {subject!r}; there are {some}")
-    pool = [q for q in order if allowed(q, train_subjects, test_subjects)]
+    pool = [q for q in order if q.subject in (named[0] or there - named[1])]
     chosen = pool[:train]
     taken = {q.id for q in chosen}
-    rest = [q for q in order if q.id not in taken and allowed(q, test_subjects, train_subjects)]
-    asked = {"training": (train, len(pool)), "held-out": (test, len(rest))}
-    if any(not 0 <= (number or 0) <= most for number, most in asked.values()):
-        wanted = " and ".join(f"{'all' if n is None else n} {x}" for x, (n, _) in asked.items())
+    rest = [q for q in order if q.subject in (named[1] or there - named[0]) and q.id not in taken]
+    held_out = rest[:test]
+    if (train or 0) > len(pool) or (test or 0) > len(rest) or min(train or 0, test or 0) < 0:
         found = f"there are {len(pool)} to train on and then {len(rest)} others"
-        raise InputError(f"{wanted} questions asked for, but {found}")
-    for subject in test_subjects:
-        if not any(q.subject == subject for q in rest[:test]):
-            why = "all are trained on, or --test_questions is too small"
-            raise InputError(f"no question of {subject!r} is left to report on: {why}")
-    return chosen, rest[:test]
+        train, test = ("all" if number is None else number for number in (train, test))
+        raise InputError(f"{train} training and {test} held-out questions asked for, but {found}")
+    if missing := named[1] - {q.subject for q in held_out}:
+        why = "all are trained on, or --test_questions is too small"
+        raise InputError(f"no question of {min(missing)!r} is left to report on: {why}")
+    return chosen, held_out
 
 
 def sample(question: Question, candidates: int, number: int, seed: int) -> list[int]:
@@ -96,8 +87,6 @@ def sample(question: Question, candidates: int, number: int, seed: int) -> list[
 
 
 # ------------------------------------------------------------------------------------------- tokens
-
-
 class Tree(NamedTuple):
     """A question in one language as token ids: prefix + branches[k] is the prompt with answer k."""
 
@@ -110,26 +99,26 @@ class Tree(NamedTuple):
         own = sum(len(branch) - 1 for branch in self.branches)
         return own + len(self.prefix) * (1 if packed else len(self.branches))
 
+    def scored(self) -> list[int]:
+        """How many tokens of each answer are scored."""
+        return [len(branch) - self.prompt_len for branch in self.branches]
+
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase",
-    questions: list[Question],
-    langs: list[str],
-    context: int | None = None,
-    whole: bool = False,
+    tokenizer: Any, questions: list[Question], langs: list[str], context: int | None = None
 ) -> list[list[Tree]]:
     """Trees, [question][language], split into prompt and answer as lm-evaluation-harness does.
 
     Spaces that end the prompt go to the answer. encode(prompt + answer) is what is fed; what lies
     beyond the length of encode(prompt) is scored, and never less than a token. Where answers change
     how the prompt's end is tokenised, they share only their common beginning, and the score stays
-    exact. `whole` scores the prompt too. Raises InputError for a text longer than `context` tokens
-    or without a token to predict the answer from.
+    exact. Raises InputError for a text longer than `context` tokens or without a token to predict
+    the answer from.
     """
     some = 256
     if len(questions) > some:  # a tokenizer's own lists are ten times what is kept
         parts = (questions[first : first + some] for first in range(0, len(questions), some))
-        return [row for part in parts for row in encode(tokenizer, part, langs, context, whole)]
+        return [row for part in parts for row in encode(tokenizer, part, langs, context)]
     bos = tokenizer.bos_token_id
     bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     texts, asked = [], []
@@ -144,21 +133,17 @@ def encode(
     trees = []
     for where, blanks, K in asked:
         empty = [bos + next(ids) for _ in range(blanks)]  # the prompt, also with spaces after it
-        prompt, texts = empty[0], [bos + next(ids) for _ in range(K)]
+        texts = [bos + next(ids) for _ in range(K)]
         if dropped := [k for k, text in enumerate(texts) if text in empty]:
             lost = "has no token of its own: the tokenizer drops its characters"
             raise InputError(f"{where}: answer {dropped[0]} {lost}")
-        start = 1 if whole else min(len(prompt), *(len(text) - 1 for text in texts))
-        if start < 1:
-            lost = "no token stands before the answer to predict it"
-            raise InputError(f"{where}: {lost}; make the prompt longer")
         if context and (longest := max(map(len, texts))) > context:
             limit = f"the model's context is {context}; leave the question out"
             raise InputError(f"{where}: {longest} tokens, but {limit}")
+        start = min(len(empty[0]), *(len(text) - 1 for text in texts))
         shared = next((i for i in range(start) if len({text[i] for text in texts}) > 1), start)
         if not shared:
-            lost = "the answers change the prompt's first token"
-            raise InputError(f"{where}: {lost}; make the prompt longer")
+            raise InputError(f"{where}: no token stands before the answers; make the prompt longer")
         branches = [text[shared:] for text in texts]
         trees.append(Tree(texts[0][:shared], branches, start - shared))
     return [trees[q : q + len(langs)] for q in range(0, len(trees), len(langs))]
@@ -177,7 +162,6 @@ def batches(trees: list[Tree], max_tokens: int, packed: bool = True) -> list[lis
 
 
 # ------------------------------------------------------------------------------------------ loaders
-
 Loaded = Iterator[tuple[str, Question]]  # where it stands, for messages, and the question
 
 
@@ -188,21 +172,17 @@ def load(spec: str, langs: list[str], print0: Callable[[str], None] = print) -> 
     cannot be a question in every language: nothing is dropped, cut or guessed in silence.
     """
     kind, _, place = spec.partition(":")
-    if kind not in LOADERS:
-        there = f"say what it is: one of {', '.join(LOADERS)}, as in bmlama:DIR"
-        raise InputError(f"--data {spec}: unknown kind {kind!r}; {there}")
-    if kind != "atlas" and not place:
-        raise InputError(f"--data {spec}: say where it lies, as in {kind}:PATH")
+    if kind not in LOADERS or (kind != "atlas" and not place):
+        raise InputError(f"--data {spec}: wanted is one of {', '.join(LOADERS)}, as in bmlama:DIR")
     if not langs or len(set(langs)) < len(langs):
         raise InputError(f"--langs {' '.join(langs)}: name each language once, and at least one")
-    try:
-        Path(place).exists()
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise InputError(f"--data {spec}: {error.strerror}") from error
     questions = []
-    for where, question in LOADERS[kind](place, list(langs), print0):
-        check(question, langs, where)
-        questions.append(question)
+    try:
+        for where, question in LOADERS[kind](place, list(langs), print0):
+            check(question, langs, where)
+            questions.append(question)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise InputError(f"{error.filename}: {error.strerror}") from error
     if not questions:
         raise InputError(f"--data {spec}: no questions in it")
     return questions
@@ -210,40 +190,31 @@ def load(spec: str, langs: list[str], print0: Callable[[str], None] = print) -> 
 
 def check(question: Question, langs: list[str], where: str) -> None:
     """Raise InputError, naming `where` and the question, unless it is whole in every language."""
-
-    def refuse(what: str):
-        raise InputError(f"{where}: question {question.id!r}: {what}")
-
-    counts = {}
+    wrong, K = [], {lang: len(question.answers[lang]) for lang in langs}
     for lang in langs:
-        prompt, answers = question.prompts[lang], question.answers[lang]
-        text = "".join([question.id, question.subject, prompt, *answers])
-        if re.search("[\0\ud800-\udfff]", text):
-            refuse(f"its text in {lang!r} holds NUL or half a surrogate pair: the file is damaged")
-        if not prompt.strip():
-            refuse(f"the prompt in {lang!r} is empty")
-        for k, answer in enumerate(answers):
-            if not answer.strip():
-                refuse(f"answer {k} in {lang!r} is empty")
-        counts[lang] = len(answers)
-    if len(set(counts.values())) > 1:
-        refuse(f"answers are parallel, yet their number differs: {counts}")
+        texts = [question.prompts[lang], *question.answers[lang]]
+        if re.search("[\0\ud800-\udfff]", "".join([question.id, question.subject, *texts])):
+            wrong += [f"its text in {lang!r} holds NUL or half a surrogate pair: a damaged file"]
+        names = ["the prompt", *(f"answer {k}" for k in range(K[lang]))]
+        wrong += [f"{x} in {lang!r} is empty" for x, text in zip(names, texts) if not text.strip()]
+    if len(set(K.values())) > 1:
+        wrong += [f"answers are parallel, yet their number differs: {K}"]
     if question.K < 2:
-        refuse(f"{question.K} answer; ranking needs two or more")
+        wrong += [f"{question.K} answer; ranking needs two or more"]
     if question.gold is not None and not 0 <= question.gold < question.K:
-        refuse(f"gold {question.gold} is none of the answers 0 to {question.K - 1}")
+        wrong += [f"gold {question.gold} is none of the answers 0 to {question.K - 1}"]
+    if wrong:
+        raise InputError(f"{where}: question {question.id!r}: {wrong[0]}")
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a UTF-8 file, byte-order mark or not, and turn what may go wrong into InputError."""
+    """Open a UTF-8 file, byte-order mark or not; raises InputError if it is something else."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield file
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
 
 
 def csv_rows(
@@ -266,6 +237,13 @@ def csv_rows(
 
 def json_lines(path: Path) -> Iterator[tuple[str, object]]:
     """Each line of a JSON Lines file, and where it stands."""
+
+    def fields_once(pairs):  # json takes the last of two
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"field {max(names, key=names.count)!r} comes twice")
+        return dict(pairs)
+
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -274,13 +252,15 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from error
 
 
-def fields_once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object; raises ValueError where a field comes twice, of which json takes the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {max(names, key=names.count)!r} comes twice")
-    return found
+def choose(place: str, lang: str, files: dict[str, Any], file: str) -> Any:
+    """The one of a data set's files that is for a language; `file` is how it would be called."""
+    if lang not in files:
+        if not Path(place).is_dir():
+            fetch = "hf download NAME --repo-type dataset --local-dir DIR"
+            raise InputError(f"{place}: no such folder; one of the hub comes by: {fetch}")
+        there = ", ".join(sorted(files)) or "none"
+        raise InputError(f"{place} has no language {lang!r} ({file}); it has {there}")
+    return files[lang]
 
 
 def atlas() -> list[dict[str, str]]:
@@ -292,10 +272,8 @@ def atlas() -> list[dict[str, str]]:
 def load_atlas(place: str, langs: list[str], print0: Callable) -> Loaded:
     """The embedded facts: 40 countries x 6 relations in en fr es sw, six candidates each."""
     rows = atlas()
-    there = list(rows[0])[2:]
-    for lang in langs:
-        if lang not in there:
-            raise InputError(f"atlas has no language {lang!r}; it has {', '.join(there)}")
+    if absent := [lang for lang in langs if lang not in list(rows[0])[2:]]:
+        raise InputError(f"atlas has no language {absent[0]!r}; it has {', '.join([*rows[0]][2:])}")
     of = {row["country"]: row for row in rows if row["relation"] == "of"}  # "of Egypt"
     for template in (row for row in rows if row["relation"] == "template"):
         relation = template["country"]
@@ -320,19 +298,16 @@ def load_bmlama(place: str, langs: list[str], print0: Callable) -> Loaded:
     is the line. Candidates are parallel by position, also where translations repeat.
     """
     tables, first = {}, langs[0]
+    files = {path.stem: path for path in Path(place).glob("*.tsv")}
     for lang in langs:
-        path = Path(place, f"{lang}.tsv")
-        if not path.is_file():
-            there = ", ".join(sorted(p.stem for p in Path(place).glob("*.tsv"))) or "no .tsv file"
-            raise InputError(f"{place} has no language {lang!r} ({lang}.tsv); it has {there}")
+        path = choose(place, lang, files, f"{lang}.tsv")
         with open_text(path) as file:
             if "<mask>" in file.readline():
                 raise InputError(f"{path}, line 1: a question stands where the header should")
         fields = ["sentence", "answer", "candidates", "subject"]  # header of zh.tsv: a stray tab
         tables[lang] = list(csv_rows(path, fields, skip=1, delimiter="\t"))
         if (n := len(tables[lang])) != (there := len(tables[first])):
-            same = "line n must be the same question in both"
-            raise InputError(f"{path}: {n} rows, but {first}.tsv has {there}; {same}")
+            raise InputError(f"{path}: {n} rows, but {first}.tsv has {there}; line n must be one")
     mask_first = 0
     for line, aligned in enumerate(zip(*tables.values()), 2):
         prompts, answers, golds = {}, {}, {}
@@ -351,9 +326,8 @@ def load_bmlama(place: str, langs: list[str], print0: Callable) -> Loaded:
         same = set.intersection(*golds.values())
         if not same and len({len(a) for a in answers.values()}) == 1:
             others = [at for at, lang in zip(aligned, langs) if not golds[lang] & golds[first]]
-            where = (others or aligned[-1:])[0][0]
-            not_so = f"the answer is another candidate than in {first}: they are not parallel"
-            raise InputError(f"{where}: {not_so}")
+            why = f"the answer is another candidate than in {first}: they are not parallel"
+            raise InputError(f"{(others or aligned[-1:])[0][0]}: {why}")
         question = Question(str(line), aligned[0][1][3], min(same, default=None), prompts, answers)
         yield aligned[-1][0], question
     if mask_first:
@@ -368,46 +342,48 @@ class Row(NamedTuple):
     """A multiple-choice question in one language."""
 
     where: str
+    id: str
     subject: str
     question: str
     options: list[str]
     key: str  # the letter of the right option; empty where the file does not tell
 
 
-def align(place: str, tables: dict[str, dict[str, Row]], print0: Callable, most: float) -> Loaded:
+def align(place: str, rows: dict[str, list[Row]], print0: Callable, most: float) -> Loaded:
     """Join the languages' rows on their ids, with lm-evaluation-harness's prompt; answers: letters.
 
     Questions that are not in every language, or whose key is not the same in all, are dropped and
     counted; gold is None where a language has no key. Raises InputError where keys differ in more
     than the share `most` of the others: then letters are no parallel answers.
     """
+    tables = {lang: {} for lang in rows}
+    for row, table in ((row, tables[lang]) for lang in rows for row in rows[lang]):
+        if (twin := table.setdefault(row.id, row)) is not row:
+            raise InputError(f"{row.where}: question {row.id!r} stands at {twin.where} already")
     first = next(iter(tables.values()))
     shared = [i for i in first if all(i in table for table in tables.values())]
-    if unshared := len(set().union(*tables.values())) - len(shared):
-        print0(f"{place}: dropped {unshared} questions that are not in every language")
     keys = {i: {table[i].key for table in tables.values()} for i in shared}
     known = [i for i in shared if "" not in keys[i]]
-    conflicting = {i: keys[i] for i in known if len(keys[i]) > 1}
+    conflicting = {i for i in known if len(keys[i]) > 1}
     if len(conflicting) > most * len(known):
-        example = next(iter(conflicting))
+        example = next(i for i in known if i in conflicting)
         found = {lang: table[example] for lang, table in tables.items()}
         letters = "; ".join(f"{lang} {row.key} ({row.where})" for lang, row in found.items())
-        count = f"the right letter of {len(conflicting)} of {len(known)} questions differs"
-        why = "Options or rows stand in another order: letters are no parallel answers"
-        found = f"{count} between languages, as of {example!r}: {letters}"
-        raise InputError(f"{place}: {found}. {why}; give an aligned copy")
-    if keyless := len(shared) - len(known):
-        found = f"{keyless} questions lack an answer key: they count for consistency alone"
-        print0(f"{place}: {found}, and nothing shows whether their options are parallel")
-    if conflicting:
-        dropped = f"dropped {len(conflicting)} questions in all languages"
-        print0(f"{place}: {dropped}: their answer keys differ")
-    for i in shared:
-        if i in conflicting:
-            continue
+        count = f"the right letter of {len(conflicting)} of {len(known)} questions differs between"
+        why = "Options or rows stand in another order; give an aligned copy"
+        raise InputError(f"{place}: {count} languages, as of {example!r}: {letters}. {why}")
+    unshared, keyless = len(set().union(*tables.values())) - len(shared), len(shared) - len(known)
+    for number, what in (
+        (unshared, "dropped {} questions that are not in every language"),
+        (keyless, "{} questions lack an answer key: they count for consistency alone, if parallel"),
+        (len(conflicting), "dropped {} questions in all languages: their answer keys differ"),
+    ):
+        if number:
+            print0(f"{place}: {what.format(number)}")
+    for i in (i for i in shared if i not in conflicting):
         prompts, answers = {}, {}
         for lang, table in tables.items():
-            where, subject, question, options, _ = table[i]
+            where, _, subject, question, options, _ = table[i]
             if not question.strip():
                 raise InputError(f"{where}: the question {i!r} is empty")
             lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
@@ -423,66 +399,40 @@ def load_mmmlu(place: str, langs: list[str], print0: Callable) -> Loaded:
     The latter is `<subject>_test[_<lang>].csv`, a file a subject, without header. A plain code
     stands for its locale. Row n of a subject is the same question in every language.
     """
-    files = mmlu_files(folder_at(place))
-    tables, sizes, taken = {}, {}, {}
+    files, rows, sizes, taken = {}, {}, {}, {}  # files: [language or locale][source]
+    for root in ("", "test", "data/test"):
+        for path in sorted(Path(place, root).glob("*.csv")):
+            if name := re.fullmatch(r"mmlu_([A-Za-z]+-[A-Za-z]+)\.csv", path.name):
+                locale, subject, source = name[1].lower(), "", path.name
+            elif name := re.fullmatch(r"(.+?)_test(?:_([\w-]+))?\.csv", path.name):
+                subject, locale = name[1], (name[2] or "en").lower()
+                source = path.name.replace(subject, "<subject>", 1)
+            else:
+                continue
+            for code in {locale, locale.partition("-")[0]}:
+                files.setdefault(code, {}).setdefault((root, source), []).append((path, subject))
     for lang in langs:
-        sources = files.get(lang.lower(), {})
-        if not sources:
-            there = ", ".join(sorted(files)) or "no mmlu_XX-YY.csv and no <subject>_test.csv"
-            hint = "; English is the original MMLU: put its <subject>_test.csv in the folder"
-            hint *= lang == "en"
-            raise InputError(f"{place} has no language {lang!r}; it has {there}{hint}")
-        if len(sources) > 1:
-            more = f"{' and '.join(sources)}; name the locale, or keep one"
-            raise InputError(f"{place} has {lang!r} more than once: {more}")
-        ((source, parts),) = sources.items()
+        name = "<subject>_test.csv of MMLU" if lang == "en" else f"mmlu_{lang}-XX.csv"
+        sources = choose(place, lang.lower(), files, name)
+        source, *others = sources
+        if others:
+            paths = " and ".join(str(Path(place, *each)) for each in sources)
+            raise InputError(f"{place} has {lang!r} more than once: {paths}; name or keep one")
         if (twin := taken.setdefault(source, lang)) != lang:
-            raise InputError(f"--langs: {twin} and {lang} are both {source}")
-        found = [row for path, subject in parts for row in mmlu_rows(path, subject)]
-        tables[lang] = by_id(found)
-        sizes[lang] = Counter(row.subject for _, row in found)
-        for subject in sizes[lang].keys() & sizes[langs[0]].keys():
-            n, first = sizes[lang][subject], sizes[langs[0]][subject]
-            if n != first:
-                counts = f"{subject} has {n} rows in {lang}, {first} in {langs[0]}"
+            raise InputError(f"--langs: {twin} and {lang} are both {Path(place, *source)}")
+        rows[lang] = [row for part in sources[source] for row in mmlu_rows(*part)]
+        for subject, n in Counter(row.subject for row in rows[lang]).items():
+            if n != (there := sizes.setdefault(subject, (n, lang)))[0]:
+                counts = f"{subject} has {n} rows in {lang}, {there[0]} in {there[1]}"
                 raise InputError(f"{place}: {counts}; row n must be one question")
-    yield from align(place, tables, print0, most=0.5)  # of unrelated rows three in four differ
+    yield from align(place, rows, print0, most=0.5)  # of unrelated rows three in four differ
 
 
-def folder_at(place: str) -> Path:
-    """The folder; raises InputError where there is none."""
-    if not Path(place).is_dir():
-        fetch = "hf download NAME --repo-type dataset --local-dir DIR"
-        raise InputError(f"{place}: no such folder; one of the hub comes by: {fetch}")
-    return Path(place)
-
-
-def mmlu_files(folder: Path) -> dict[str, dict[str, list[tuple[Path, str]]]]:
-    """Of each language and locale, in lower case, the sources; of each the files with subjects.
-
-    A published file, which holds many, has the subject "".
-    """
-    found = {}
-    roots = folder, folder / "test", folder / "data" / "test"
-    for path in sorted(path for root in roots for path in root.glob("*.csv")):
-        if name := re.fullmatch(r"mmlu_([A-Za-z]+-[A-Za-z]+)\.csv", path.name):
-            locale, subject, source = name[1], "", str(path)
-        elif name := re.fullmatch(r"(.+?)_test(?:_([\w-]+))?\.csv", path.name):
-            locale, subject = name[2] or "en", name[1]
-            source = str(path.with_name(path.name.replace(subject, "<subject>", 1)))
-        else:
-            continue
-        for code in {locale.lower(), locale.lower().partition("-")[0]}:
-            found.setdefault(code, {}).setdefault(source, []).append((path, subject))
-    return found
-
-
-def mmlu_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
-    """Ids, subject/row, and rows of a file of either layout."""
+def mmlu_rows(path: Path, subject: str) -> Iterator[Row]:
+    """The rows of a file of either layout, whose ids are subject/row."""
     letters = ["A", "B", "C", "D"]
     if subject:
-        names = ["question", *letters, "letter of the answer"]
-        rows = enumerate(csv_rows(path, names))
+        rows = enumerate(csv_rows(path, ["question", *letters, "letter of the answer"]))
         numbered = [(where, str(n), *row, subject) for n, (where, row) in rows]
     else:
         names = ["row of the subject", "Question", *letters, "Answer", "Subject"]
@@ -493,17 +443,7 @@ def mmlu_rows(path: Path, subject: str) -> Iterator[tuple[str, Row]]:
         if not n.isdigit() or key.strip() not in letters:
             wanted = "wanted are a number and one of A, B, C, D"
             raise InputError(f"{where}: row {n!r} with answer {key!r}: {wanted}")
-        yield f"{subject}/{n}", Row(where, subject, question, options, key.strip())
-
-
-def by_id(found: Iterable[tuple[str, Row]]) -> dict[str, Row]:
-    """Rows by their ids; raises InputError where an id comes twice."""
-    table = {}
-    for id, row in found:
-        if id in table:
-            raise InputError(f"{row.where}: question {id!r} stands at {table[id].where} already")
-        table[id] = row
-    return table
+        yield Row(where, f"{subject}/{n}", subject, question, options, key.strip())
 
 
 def load_xcsqa(place: str, langs: list[str], print0: Callable) -> Loaded:
@@ -511,54 +451,45 @@ def load_xcsqa(place: str, langs: list[str], print0: Callable) -> Loaded:
 
     The published files permute the options of each language, which is refused (see `align`).
     """
-    folder, found = folder_at(place), {}
-    for root in (folder, folder / "X-CSQA", folder / "X-CSR_datasets" / "X-CSQA"):
-        for path in root.glob("*/*.jsonl"):
+    files = {"dev": {}, "test": {}}
+    for root in ("", "X-CSQA", "X-CSR_datasets/X-CSQA"):
+        for path in [path for part in files for path in Path(place, root).glob(f"*/{part}.jsonl")]:
             lang = "ja" if path.parent.name == "jap" else path.parent.name
-            if (twin := found.setdefault((lang, path.stem), path)) != path:
+            if (twin := files[path.stem].setdefault(lang, path)) != path:
                 raise InputError(f"{place} has {lang!r} twice: {twin} and {path}; keep one")
-    part = "dev" if any((lang, "dev") in found for lang in langs) else "test"
-    tables = {}
-    for lang in langs:
-        if (lang, part) not in found:
-            there = ", ".join(sorted(name for name, stem in found if stem == part)) or (
-                "no X-CSQA/<lang>/dev.jsonl; unpack the authors' xcsr_datasets.zip and name that"
-            )
-            raise InputError(f"{place} has no language {lang!r} ({lang}/dev.jsonl); it has {there}")
-        tables[lang] = by_id(xcsqa_rows(found[lang, part]))
-    yield from align(place, tables, print0, most=0.01)
+    part = "dev" if files["dev"].keys() & set(langs) else "test"
+    rows = {
+        lang: list(xcsqa_rows(choose(place, lang, files[part], f"X-CSQA/{lang}/dev.jsonl")))
+        for lang in langs
+    }
+    yield from align(place, rows, print0, most=0.01)
 
 
-def xcsqa_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Ids and rows of a dev.jsonl or test.jsonl."""
+def xcsqa_rows(path: Path) -> Iterator[Row]:
+    """The rows of a dev.jsonl or test.jsonl."""
     for where, line in json_lines(path):
         try:
             id, question, key = line["id"], line["question"], line.get("answerKey")
             key = "" if key is None else key
             labels, options = zip(*((c["label"], c["text"]) for c in question["choices"]))
-            row = Row(where, "", question["stem"], list(options), key)
+            row = Row(where, id, "", question["stem"], list(options), key)
+            "".join([id, row.question, key, *labels, *options])  # all are strings
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            form = "id, question with stem and choices with label and text, answerKey"
-            raise InputError(f"{where}: not a question of X-CSQA: {form}") from error
-        if not all(isinstance(text, str) for text in (id, row.question, key, *labels, *options)):
-            raise InputError(f"{where}: id, stem, labels, texts and answerKey must be strings")
+            form = "id, question with stem and choices with label and text, answerKey: all strings"
+            raise InputError(f"{where}: not a question of X-CSQA ({error!r}): {form}") from error
         if labels != tuple(LETTERS[: len(labels)]) or key and key not in labels:
             given = f"choices {', '.join(labels)} with answer {key!r}"
-            wanted = "wanted are A, B, C, ... and one of them"
-            raise InputError(f"{where}: question {id!r}: {given}: {wanted}")
-        yield id, row
+            raise InputError(
+                f"{where}: question {id!r}: {given}: wanted are A, B, ... and one of them"
+            )
+        yield row
 
 
 def load_jsonl(place: str, langs: list[str], print0: Callable) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
-
-    def is_latin(character: str) -> bool:
-        return character.isascii() and character.isalpha()
-
-    path, lines, run_together = Path(place), {}, 0
-    same = lru_cache(2**16)(str)  # of the last 65,536 answers, those that are equal are kept once
+    lines, run_together = {}, 0
     wanted = {"id": str | int, "subject": str, "gold": int | None, "prompts": dict, "answers": dict}
-    for number, (where, fields) in enumerate(json_lines(path), 1):
+    for number, (where, fields) in enumerate(json_lines(Path(place)), 1):
         given = {"subject": "", "gold": None, **fields} if isinstance(fields, dict) else {}
         for name, kind in wanted.items():
             value = given.get(name, False)
@@ -570,20 +501,18 @@ def load_jsonl(place: str, langs: list[str], print0: Callable) -> Loaded:
             if lang not in prompts or lang not in answers:
                 nothing = f"question {id!r} has nothing in language {lang!r}"
                 raise InputError(f"{where}: {nothing}; it has {', '.join(prompts) or 'none'}")
-            if not isinstance(prompts[lang], str):
-                raise InputError(f"{where}: prompts must hold a string for each language")
-            texts = answers[lang]
-            if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
-                raise InputError(f"{where}: answers must hold a list of strings for each language")
-        if (first := lines.setdefault(id, number)) < number:
-            raise InputError(f"{where}: id {id!r} stands at {path}, line {first} already")
+            texts = answers[lang] if isinstance(answers[lang], list) else [None]
+            if not all(isinstance(text, str) for text in (prompts[lang], *texts)):
+                wrong = f"in {lang!r}, prompts must hold a string, answers a list of strings"
+                raise InputError(f"{where}: {wrong}")
+        if (first := lines.setdefault(id, number)) != number:
+            raise InputError(f"{where}: id {id!r} stands at {place}, line {first} already")
         prompts = {lang: prompts[lang] for lang in langs}
-        answers = {lang: tuple(map(same, answers[lang])) for lang in langs}
-        run_together += any(
-            is_latin(prompts[lang][-1:]) and any(is_latin(answer[:1]) for answer in answers[lang])
-            for lang in langs
-        )
-        yield where, Question(id, same(given["subject"]), given["gold"], prompts, answers)
+        answers = {lang: tuple(map(sys.intern, answers[lang])) for lang in langs}  # kept once
+        seams = [f"{prompts[lang][-1:]}{text[:1]}" for lang in langs for text in answers[lang]]
+        run_together += any(seam.isascii() and seam.isalpha() and len(seam) > 1 for seam in seams)
+        subject = sys.intern(given["subject"])
+        yield where, Question(id, subject, given["gold"], prompts, answers)
     if run_together:
         found = f"in {run_together} questions a word of the prompt runs into an answer"
         print0(f"{place}: {found}, which is appended as written; begin it with a space?")

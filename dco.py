@@ -1,37 +1,30 @@
 """Direct Consistency Optimization: its equations, and log pi(y|x), where the model is called.
 
 Covers sections 3 and 4 and Apps. B, D and E of "Optimizing Language Models for Crosslingual
-Knowledge Consistency" (the anonymous manuscript, close to arXiv:2603.04678v1; all numbers are its
-numbers). Leaves out where questions come from (data.py), how a model is judged (rankc.py) and the
-loop that trains it (train.py).
+Knowledge Consistency" (the anonymous manuscript, close to arXiv:2603.04678v1, whose numbers these
+are). Leaves out questions (data.py), how a model is judged (rankc.py) and the loop (train.py).
 
 Axes: B questions, L languages, K candidate answers; candidate k is the same answer in every
-language. A log-probability is in nats and *summed* over the answer's tokens, for pi(y|x) is the
-product of theirs.
+language. A log-probability is in nats and *summed* over the answer's tokens.
 """
 
 import heapq
 from collections.abc import Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # slow to import
-    from transformers import PretrainedConfig
 
 # --------------------------------------------------------------------------------------- the method
-
-
 def align_reward(ref_logps: Tensor, gamma: Tensor) -> Tensor:
     """r_ALIGN, Eqs. 6 and 15: what the other languages' reference thinks of each answer.
 
-    ref_logps: (..., L, K) nats; -inf in any language marks a candidate as missing, and it stays
-    -inf. gamma: (L, L) with gamma_ii = 0, how much language j's reference counts in language i's
-    reward. Returns (..., L, K). Raises ValueError if gamma has another shape or a diagonal that is
-    not zero.
+    ref_logps: (..., L, K) nats; a candidate that is -inf in any language is missing, and stays so.
+    gamma: (L, L), how much language j's reference counts in language i's reward. Returns (..., L,
+    K). Raises ValueError if gamma has another shape or a diagonal that is not zero.
     """
     languages = ref_logps.shape[-2]
     if gamma.shape != (languages, languages):
@@ -127,8 +120,6 @@ def gamma_from_trust(trust: Tensor, beta: float) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- log pi(y|x)
-
-
 class Pack(NamedTuple):
     """Trees as the rows of one forward pass, and where in its logits each answer is scored.
 
@@ -151,8 +142,7 @@ def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = Tr
     """log pi(y|x) of every answer of every tree, for training, reference and evaluation alike.
 
     trees: as `pack` takes them, or packed already. Returns float32 (T, K), nats; a tree with fewer
-    than K answers ends in -inf. `packed=False` feeds each answer with its prompt as a row of its
-    own, for models that do not take the mask (see `packs_exactly`).
+    than K answers ends in -inf. `packed=False`: each answer with its prompt is a row of its own.
     """
     config = model.config.get_text_config()
     weight = next(model.parameters())
@@ -178,10 +168,8 @@ def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = Tr
 def pack(trees: Sequence, hidden_size: int, packed: bool = True) -> Pack:
     """Trees as rows: (prefix, branches, prompt_len) each, as data.Tree has them.
 
-    That is the token ids that all answers share, each answer's own, and how many of those at a
-    branch's start still belong to the prompt and so score nothing. A row holds whole trees; a token
-    attends to its ancestors alone. An answer's last token is never fed: nothing needs its
-    prediction.
+    A row holds whole trees; a token attends to its ancestors alone. An answer's last token is never
+    fed: nothing needs its prediction.
     """
     K = max(len(tree.branches) for tree in trees)
     units = [(tree, list(enumerate(tree.branches, t * K))) for t, tree in enumerate(trees)]
@@ -220,13 +208,12 @@ def pack(trees: Sequence, hidden_size: int, packed: bool = True) -> Pack:
 
 
 def attention_masks(
-    config: "PretrainedConfig", sees: Tensor, position: Tensor, dtype: torch.dtype
+    config: Any, sees: Tensor, position: Tensor, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """What `sees` allows, as a model takes it: 0 or the lowest number, added to attention scores.
+    """What `sees`, (rows, query, key), allows: 0 or the lowest number, added to attention scores.
 
-    sees: (rows, columns, columns) bool, query by key; position: (rows, columns). A bool mask would
-    fail under `eager`. Layers with a sliding window see no further back than it; where a model
-    mixes kinds of layers (Gemma 2 and 3, Cohere2) it takes a mask for each kind.
+    A bool mask would fail under `eager`. Layers with a sliding window see no further back than it;
+    where a model mixes kinds of layers (Gemma 2 and 3, Cohere2) it takes a mask for each kind.
     """
     lowest = torch.finfo(dtype).min
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
@@ -241,9 +228,8 @@ def attention_masks(
 def assign_rows(sizes: Sequence[int], hidden_size: int) -> list[int]:
     """The row of each tree, such that all cost least: a token W in attention, 6 d in the rest.
 
-    One long row has no padding but multiplies every token with every other; many rows pad. For each
-    number of rows, trees go from the longest to the emptiest row. (24 d^2 flops in a layer's
-    matrices, 4 d W in attention.)
+    One long row multiplies every token with every other; many rows pad. (24 d^2 flops in a layer's
+    matrices, 4 d W in attention.) Trees go from the longest to the emptiest row.
     """
     longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     best, cheapest = [], float("inf")

@@ -18,15 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+
 # ------------------------------------------------------------------------------------- the measures
-
-
 def rankc(scores_a: Tensor, scores_b: Tensor) -> Tensor:
     """consist(x1, x2) of App. I for each question: (Q, K), (Q, K) -> (Q,) float64 in [0, 1].
 
-    Candidate k of one language is candidate k of the other; missing ones are -inf in both. Ties are
-    broken by candidate number in both. Raises ValueError on NaN, on a candidate missing in one
-    language only, on a question without any, and on other axes.
+    Candidate k is the same answer in both; missing ones are -inf in both. Ties are broken by
+    candidate number. Raises ValueError on NaN, on a candidate missing in one language only, on a
+    question without any, and on other axes.
     """
     return _consist(torch.stack([scores_a, scores_b], dim=1))(0, 1)
 
@@ -87,10 +86,9 @@ def accuracy(scores: Tensor, gold: Tensor) -> Tensor:
 
 
 def top1_correct(scores: Tensor, gold: Tensor) -> Tensor:
-    """Whether the best candidate is the gold one: (Q, L, K), (Q,) -> (Q, L) float64.
+    """Whether the best candidate is the gold one, ties by their share: (Q, L, K), (Q,) -> (Q, L).
 
-    A tie for the best counts by its share, so that no candidate's position pays. Raises ValueError
-    on other axes.
+    Raises ValueError on other axes.
     """
     _check_axes(scores)
     best = scores == scores.amax(-1, keepdim=True)
@@ -127,7 +125,6 @@ def _mean(values: Tensor) -> float | None:
 
 
 # --------------------------------------------------------------------------------------- the report
-
 Splits = dict[str, list[Any]]  # "train" and "test": questions as data.Question has them
 Tables = dict[str, dict[str, Tensor]]  # "base", "optimum", "trained"; of each split, (Q, L, K)
 
@@ -152,58 +149,53 @@ def percent(share: float | None, form: str = ".1f") -> str:
     return "" if share is None else f"{100 * share:{form}}"
 
 
-def measure_tables(
-    questions: list, tables: dict[str, Tensor], langs: list[str], found: dict, picked: Sequence[int]
-) -> dict:
-    """Fill `found` with what it lacks: the measures of each table, of the picked questions."""
-    found.setdefault("questions", len(picked))
-    gold = [questions[q].gold for q in picked]
-    for name, table in tables.items():
-        if name not in found:
-            found[name] = measure(table[picked], tables["base"][picked], gold, langs)
-    return found
-
-
 def report(
     splits: Splits, tables: Tables, langs: list[str], metrics: dict, by_subject: bool = False
 ) -> str:
     """Tables of each split, in per cent; `metrics` is filled with the measures that it lacks."""
     texts = []
+
+    def measured(found, split, picked):
+        gold = [splits[split][q].gold for q in picked]
+        found.setdefault("questions", len(picked))
+        for name in tables.keys() - found.keys():
+            each, base = (tables[x][split][picked] for x in (name, "base"))
+            found[name] = measure(each, base, gold, langs)
+        return found
+
     for split, questions in splits.items():
-        mine = {name: table[split] for name, table in tables.items()}
-        every = range(len(questions))
-        found = measure_tables(questions, mine, langs, metrics.setdefault(split, {}), every)
-        chance_clc, chance_accuracy = chance_levels([question.K for question in questions])
-        columns = [found[name] for name in tables]
+        found = measured(metrics.setdefault(split, {}), split, range(len(questions)))
+        clc_chance, top_chance = chance_levels([question.K for question in questions])
+        rows = [[f"{split}, {len(questions)} questions", "chance", *tables, "change"]]
 
-        def row(label, at_random, values, scale=100, digits=1):
-            cells = ["" if x is None else f"{scale * x:.{digits}f}" for x in values]
-            if "trained" in tables:
-                old, new = values[0], values[-1]
-                known = old is not None and new is not None
-                cells.append(f"{scale * (new - old):+.{digits}f}" if known else "")
-            return [label, at_random, *cells]
+        def add(label, level, values, scale=100, form=".1f", rows=rows):
+            old, new = values[0], values[-1]
+            change = f"{scale * (new - old):+{form}}" if {old, new}.isdisjoint([None]) else ""
+            cells = ["" if x is None else f"{scale * x:{form}}" for x in values]
+            rows.append([label, percent(level), *cells, change])
 
-        head = [f"{split}, {len(questions)} questions", "chance", *tables]
-        rows = [head + ["change"] * ("trained" in tables)]
-        rows.append(row("CLC", percent(chance_clc), [each["clc"] for each in columns]))
-        agreement = [each["top1_agreement"] for each in columns]
-        rows.append(row("same top answer", percent(chance_accuracy), agreement))
+        every = [found[name] for name in tables]
+        add("CLC", clc_chance, [each["clc"] for each in every])
+        add("same top answer", top_chance, [each["top1_agreement"] for each in every])
         for lang in langs:
-            shares = [each["accuracy"][lang] for each in columns]
-            rows.append(row(f"accuracy {lang}", percent(chance_accuracy), shares))
+            add(f"accuracy {lang}", top_chance, [each["accuracy"][lang] for each in every])
         for lang in langs:
-            moved = ["", *(percent(each["changed"][lang]) for each in columns[1:])]
-            rows.append([f"answers changed {lang}", "", *moved] + [""] * ("trained" in tables))
+            moved = [each["changed"][lang] for each in every[1:]]
+            add(f"answers changed {lang}", None, [None, *moved])
         for kind in ("right", "wrong"):
-            values = [each["entropy"][kind] for each in columns]
-            rows.append(row(f"entropy of {kind} answers, nats", "", values, scale=1, digits=2))
+            nats = [each["entropy"][kind] for each in every]
+            add(f"entropy of {kind} answers, nats", None, nats, 1, ".2f")
+        rows = rows if "trained" in tables else [row[:-1] for row in rows]  # no change yet
         texts += ["", format_table(rows)]
         if len(langs) > 2:
             texts += ["", format_table(_pairs(found, langs))]
         if by_subject:
-            parts = found.setdefault("subjects", {})
-            texts += ["", format_table(_subjects(questions, mine, langs, parts))]
+            rows = [["subject", "questions", "CLC", *(f"accuracy {lang}" for lang in langs)]]
+            for subject in sorted({question.subject for question in questions}):
+                picked = [q for q, question in enumerate(questions) if question.subject == subject]
+                part = found.setdefault("subjects", {}).setdefault(subject, {})
+                rows.append([subject, str(len(picked)), *_changes(measured(part, split, picked))])
+            texts += ["", format_table(rows)]
     return "\n".join(texts)
 
 
@@ -217,41 +209,33 @@ def _pairs(found: dict, langs: list[str]) -> list[list[str]]:
     return rows
 
 
-def _subjects(
-    questions: list, tables: dict[str, Tensor], langs: list[str], parts: dict
-) -> list[list[str]]:
-    """A row for each subject (section 6.3): base and change; fills `parts` with the measures."""
-    rows = [["subject", "questions", "CLC", *(f"accuracy {lang}" for lang in langs)]]
-    for subject in sorted({question.subject for question in questions}):
-        picked = [q for q, question in enumerate(questions) if question.subject == subject]
-        found = measure_tables(questions, tables, langs, parts.setdefault(subject, {}), picked)
-        cells = [subject, str(len(picked))]
-        both = (found[name] for name in ("base", "trained") if name in found)
-        for old, *new in zip(*([each["clc"], *each["accuracy"].values()] for each in both)):
-            change = [" " + percent(x - old, "+.1f") for x in new if x is not None]
-            cells.append("".join([percent(old), *change]))
-        rows.append(cells)
-    return rows
+def _changes(found: dict) -> list[str]:
+    """CLC and each language's accuracy before training, and the change, once there is one."""
+    both = [found[name] for name in ("base", "trained") if name in found]
+    values = zip(*([each["clc"], *each["accuracy"].values()] for each in both), strict=True)
+    return [
+        " ".join([percent(old), *(percent(x - old, "+.1f") for x in new if x is not None)])
+        for old, *new in values
+    ]
 
 
 def write_answers(path: Path, splits: Splits, tables: Tables, langs: list[str]) -> None:
     """A line a question, with the nats of each candidate: anything can be computed again."""
     with open(path, "w", encoding="utf-8") as file:
-        for split, questions in splits.items():
-            for q, question in enumerate(questions):
-                line = {name: getattr(question, name) for name in ("id", "subject", "gold")}
-                line["split"] = split
-                for name in ("prompts", "answers"):
-                    line[name] = {lang: getattr(question, name)[lang] for lang in langs}
-                for name, table in tables.items():
-                    nats = table[split][q, :, : question.K].tolist()
-                    line[name] = dict(zip(langs, nats, strict=True))
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for split, q, question in (
+            (s, *each) for s, part in splits.items() for each in enumerate(part)
+        ):
+            line = {name: getattr(question, name) for name in ("id", "subject", "gold")}
+            line["split"] = split
+            for name in ("prompts", "answers"):
+                line[name] = {lang: getattr(question, name)[lang] for lang in langs}
+            for name, table in tables.items():
+                nats = table[split][q, :, : question.K].tolist()
+                line[name] = dict(zip(langs, nats, strict=True))
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 # ------------------------------------------------------------------------------ runs beside another
-
-
 class RunError(ValueError):
     """A folder that is no finished run of train.py; the message names it."""
 
@@ -274,14 +258,14 @@ def read_run(folder: Path) -> Run:
     Raises RunError.
     """
     try:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        names = "run.json", "metrics.json", "answers.jsonl"
+        settings, metrics, answers = ((folder / name).read_text("utf-8") for name in names)
+        settings, metrics = json.loads(settings), json.loads(metrics)
         split, langs = "test" if "test" in metrics else "train", settings["langs"]
-        text = (folder / "answers.jsonl").read_text(encoding="utf-8")
-        lines = [_json_line(*line) for line in enumerate(text.split("\n"), 1) if line[1]]
+        lines = json.loads("[" + answers.strip().replace("\n", ",\n") + "]")
         lines = [line for line in lines if line["split"] == split]
         if len(lines) != (wanted := metrics[split]["questions"]):
-            raise RunError(f"answers.jsonl has {len(lines)} of {wanted} questions")
+            raise ValueError(f"answers.jsonl has {len(lines)} of {wanted} questions")
         tables = []
         for name in ("base", "trained"):
             nats = [torch.tensor([line[name][lang] for lang in langs]).T for line in lines]
@@ -302,13 +286,6 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _json_line(number: int, line: str) -> dict:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise RunError(f"answers.jsonl, line {number}: not JSON ({error})") from error
-
-
 def compare(folders: Sequence[str]) -> str:
     """Table 1: runs as differences to their base, per cent, each with its standard error.
 
@@ -327,23 +304,21 @@ def compare(folders: Sequence[str]) -> str:
         raise RunError("none of the folders is a finished run of train.py")
     for runs in groups.values():
         first, base = runs[0]
-        reference = base.langs.index("en") if "en" in base.langs else 0  # the reference language
-        others = [i for i in range(len(base.langs)) if i != reference]
-        known = torch.tensor([g is not None for g in base.gold])
-        gold = torch.tensor([g for g in base.gold if g is not None], dtype=torch.long)
+        en = base.langs.index("en") if "en" in base.langs else 0  # the reference language
+        others = [i for i in range(len(base.langs)) if i != en]
+        known = [q for q, gold in enumerate(base.gold) if gold is not None]
+        gold = torch.tensor([base.gold[q] for q in known], dtype=torch.long)
 
-        def by_question(scores):  # the paper's columns, (Q,) each
+        def by_question(scores, en=en, others=others, known=known, gold=gold):
             consist, right = _consist(scores), top1_correct(scores[known], gold)
             pairs = [consist(i, j) for i, j in combinations(range(scores.shape[1]), 2)]
-            return torch.stack(pairs).mean(0), right[:, reference], right[:, others].mean(1)
+            return torch.stack(pairs).mean(0), right[:, en], right[:, others].mean(1)
 
-        name = base.langs[reference].upper()
+        name = base.langs[en].upper()
         levels = chance_levels((~torch.isneginf(base.base[:, 0])).sum(-1).tolist())
-        rows = [
-            ["", "CLC_all", f"A_{name}", f"A_not{name}"],
-            ["chance", *map(percent, [*levels, levels[1]])],
-            ["base", *(percent(_mean(values)) for values in by_question(base.base))],
-        ]
+        rows = [["", "CLC_all", f"A_{name}", f"A_not{name}"]]
+        rows += [["chance", *map(percent, [*levels, levels[1]])]]
+        rows += [["base", *(percent(_mean(values)) for values in by_question(base.base))]]
         for name, run in runs:
             if not torch.allclose(run.base, base.base, atol=0.05):  # nats
                 texts.append(f"note: the base of {name} scores otherwise than that of {first}")
@@ -352,12 +327,8 @@ def compare(folders: Sequence[str]) -> str:
                 change, n = new - old, len(new)
                 error = f" ± {percent(float(change.std()) / n**0.5)}" if n > 1 else ""
                 rows[-1].append(percent(_mean(change), "+.1f") + error)
-        where = f"{base.model} on {base.about}; {' '.join(base.langs)}"
-        texts += [
-            f"\n{where}; per cent, changes with their standard errors",
-            "",
-            format_table(rows),
-        ]
+        head = f"\n{base.model} on {base.about}; {' '.join(base.langs)}; per cent, changes"
+        texts.append(f"{head} with their standard errors\n\n{format_table(rows)}")
     return "\n".join(texts)
 
 
@@ -370,33 +341,29 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
     old, new = (100 * torch.tensor(each["clc_matrix"]) for each in (before, after or before))
     change, L = new - old, len(langs)
     old.fill_diagonal_(math.nan)
-    title = "CLC before, per cent" if after else "CLC, per cent"
-    panels = [(title, old, "{:.1f}", "viridis", 0, 100)]
-    if after:
-        reach = max(1.0, change.abs().max().item())  # the scale is centred at zero
-        panels.append(("change, points", change, "{:+.1f}", "RdBu", -reach, reach))
+    reach = max(1.0, change.abs().max().item())  # the scale is centred at zero
+    panels = [("CLC before, per cent", old, ".1f", "viridis", 0, 100)]
+    panels += [("change, points", change, "+.1f", "RdBu", -reach, reach)] * bool(after)
     side = max(3.2, 0.5 * L + 1)
     figure = Figure(figsize=((side + 0.5) * len(panels), side + 0.4), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, values, form, colours, low, high) in zip(grid, panels, strict=True):
         image = axes.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high)
-        axes.set(title=title)
-        axes.set_xticks(range(L), langs)
-        axes.set_yticks(range(L), langs)
+        axes.set(
+            title=title, xticks=range(L), yticks=range(L), xticklabels=langs, yticklabels=langs
+        )
         for a, b in permutations(range(L), 2):
             red, green, blue, _ = image.cmap(image.norm(float(values[a, b])))
             ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
             look = {"color": ink, "fontsize": 8, "ha": "center", "va": "center"}
-            axes.text(b, a, form.format(values[a, b]), **look)
+            axes.text(b, a, f"{values[a, b]:{form}}", **look)
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.savefig(path, dpi=150)
     return True
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Compare finished runs of train.py as Table 1 does"
-    )
+    parser = argparse.ArgumentParser(description="Compare runs of train.py as Table 1 does")
     parser.add_argument("runs", nargs="+", help="their folders")
     try:
         print(compare(parser.parse_args().runs))

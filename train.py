@@ -2,8 +2,7 @@
 
 Covers Eqs. 11 and 15 as they are trained (section 4.4, Apps. G and H) and what the paper compares
 them with (section 6.1): one reference pass, after which r_ALIGN is a table of numbers and DCO a
-regression on it; then the loop, one screen long; then the report. Leaves out the equations
-(dco.py), the data sets (data.py) and the measures (rankc.py).
+regression on it; then the loop, one screen long; then the report. The equations are in dco.py.
 """
 
 import ctypes
@@ -17,9 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from itertools import count, islice, permutations
@@ -35,41 +34,38 @@ try:
     from safetensors.torch import load_file, save_file
     from torch import Tensor, nn
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, init_device_mesh
+    from torch.nn.utils.rnn import pad_sequence
     from tqdm import tqdm
-    from transformers import PreTrainedTokenizerBase, get_scheduler
 except ImportError as error:  # no environment, or an old one
     raise SystemExit(f"error: {error}; `pip install -e .` in this folder brings it") from None
 
 import data
 import dco
 import rankc
-from data import InputError, Question
-from dco import completion_logps
+from data import InputError, Question, Tree
 
 # ------------------------------------------------------------------------------------- the settings
-
 LR = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
 # What --eval_only takes from the run that left --model, unless the command line says otherwise.
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
 OF_THE_RUN += "train_subjects test_subjects"
 # Settings that may change where a run is resumed: they move nothing but rounding.
-FREE = "out resume save_every log_every max_tokens gradient_checkpointing shard device timeout"
+FREE = "out resume save_every max_tokens gradient_checkpointing shard device timeout"
 UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
-    "candidates grad_clip gradient_checkpointing save_every log_every",
+    "candidates grad_clip gradient_checkpointing save_every",
     "--method sft": "trust gamma objective candidates pairs_per_question beta",
     "--method dpo": "trust gamma objective candidates",
     "--method calm": "trust gamma objective candidates pairs_per_question",
 }
-AT_LEAST = {"max_tokens": 1, "epochs": 1, "batch_questions": 1, "pairs_per_question": 1}
-AT_LEAST |= {"log_every": 1, "candidates": 2, "save_every": 0, "grad_clip": 0, "warmup": 0}
+AT_LEAST = dict.fromkeys("max_tokens epochs batch_questions pairs_per_question".split(), 1)
+AT_LEAST |= {"candidates": 2, "save_every": 0, "grad_clip": 0, "warmup": 0}
 
 
 def opt(default: Any, text: str) -> Any:
-    """A field of the configuration whose help is `text`."""
+    """A setting with its default and its help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -85,21 +81,17 @@ class Config:
     out: str = opt("", "new or empty folder for what is written (default: runs/1, runs/2, ...)")
     eval_only: bool = opt(False, "judge the model, of a run on that run's questions; train nothing")
     method: Literal["dco", "sft", "dpo", "calm"] = opt("dco", "what is trained (section 6.1)")
-    objective: Literal["joint", "pairwise"] = opt(
-        "joint", "Eq. 15, or pairs of languages at random"
-    )
+    objective: Literal["joint", "pairwise"] = opt("joint", "Eq. 15, or random pairs of languages")
     beta: float | None = opt(None, "strength of the KL term, Eq. 1 (default: 1; dpo and calm: 0.1)")
     trust: list[str] | None = opt(None, "LANG=WEIGHT where it is not 1; a trusted one moves less")
     gamma: list[str] | None = opt(None, "instead: gamma_1 gamma_2 of Eq. 6, or a JSON matrix")
     lr: float | None = opt(None, "learning rate (App. G: dco 1e-5, sft 5e-7, dpo and calm 5e-6)")
-    schedule: Literal["linear", "cosine", "constant"] = opt(
-        "linear", "how it falls to 0, if at all"
-    )
+    schedule: Literal["linear", "cosine", "constant"] = opt("linear", "of the learning rate")
     warmup: float = opt(0.0, "share of the steps in which the learning rate rises")
     epochs: int | None = opt(None, "passes over the training questions (default: 1)")
-    batch_questions: int | None = opt(None, "questions in a step, over all processes (default: 4)")
+    batch_questions: int | None = opt(None, "questions a step, over all processes (default: 4)")
     pairs_per_question: int | None = opt(None, "draws from each question (App. H: 1; X-CSQA: 7)")
-    candidates: int | None = opt(None, "candidates in a draw, or all that there are (default: 2)")
+    candidates: int | None = opt(None, "candidates in a draw, or all there are (default: 2)")
     seed: int = opt(0, "seed of the draws, their order and the embedded model")
     grad_clip: float = opt(1.0, "largest gradient norm; 0 for none")
     train_questions: int | None = opt(None, "to train on (App. H: 5000; X-CSQA: 800; atlas: 160)")
@@ -107,59 +99,45 @@ class Config:
     train_subjects: list[str] | None = opt(None, "train on these subjects alone (section 6.3)")
     test_subjects: list[str] | None = opt(None, "report on these subjects; each has its row")
     split_seed: int | None = opt(None, "seed of the split (default: 0)")
-    score: Literal["sum", "mean", "string"] | None = opt(
-        None, "rank by the sum of the answer's log-probs, their mean, or the mean with the prompt's"
-    )
+    score: Literal["sum", "mean"] | None = opt(None, "rank by answers' log-probs, or their mean")
     max_tokens: int = opt(2048, "tokens fed at once; lower it where memory runs out")
     dtype: Literal["float32", "bfloat16"] = opt("float32", "of weights; bfloat16 hardly moves them")
-    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "where to compute")
+    device: Literal["cpu", "cuda"] | None = opt(None, "default: cuda where there is one")
     gradient_checkpointing: bool = opt(False, "less memory, more time: activations twice")
     shard: bool = opt(False, "FSDP2: split weights, gradients and moments over processes")
     save_every: int = opt(250, "steps between checkpoints, the last two of which stay; 0: none")
     resume: bool = opt(False, "continue the run in --out, or begin it: safe to leave on")
-    log_every: int = opt(1, "steps between lines of log.jsonl")
     timeout: float = opt(60.0, "minutes to wait for another process before giving up")
     trust_remote_code: bool = opt(False, "run code that comes with the model")
 
     def __post_init__(self) -> None:
         """Fill in the defaults; raise InputError for what is out of range or has no use."""
         given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
-        for name, value in defaults(self).items():
+        method, xcsqa = self.method, (self.data or "").startswith("xcsqa")
+        found = dict.fromkeys(["trust", "gamma", "train_subjects", "test_subjects"], [])
+        found |= {"data": "atlas", "langs": ["en", "fr", "es", "sw"], "split_seed": 0}
+        found |= {"lr": LR[method], "epochs": 1, "batch_questions": 4, "candidates": 2}
+        found["score"], found["beta"] = "sum", 0.1 if method in ("dpo", "calm") else 1.0
+        found["pairs_per_question"] = 7 if xcsqa and method in ("dco", "dpo") else 1  # App. H
+        if not self.model:  # a tiny model takes more steps, and thirty times the paper's rate
+            found |= {"lr": 30 * LR[method], "epochs": 11, "batch_questions": 8}
+        if not self.model and method == "dco":
+            english = "en" in (self.langs or ["en"]) and not self.gamma
+            found |= {"candidates": 6, "trust": ["en=2"] * english}
+        for name, value in found.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name, least in AT_LEAST.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        if self.warmup > 1:
+            raise InputError(f"--warmup {self.warmup}: a share of the steps lies in [0, 1]")
         for name in ("beta", "lr", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name} {getattr(self, name)}: must be positive and finite")
-        if self.warmup > 1:
-            raise InputError(f"--warmup {self.warmup}: a share of the steps lies in [0, 1]")
-        if len(self.langs) == 1 and "," in self.langs[0]:
-            raise InputError(f"--langs {self.langs[0]}: separate them by spaces, as en es")
-        what = "--eval_only" if self.eval_only else f"--method {self.method}"
+        what = "--eval_only" if self.eval_only else f"--method {method}"
         if unused := given & set(UNUSED.get(what, "").split()):
             raise InputError(f"--{min(unused)}: {what} has no use of it; leave it out")
-
-
-def defaults(config: Config) -> dict:
-    """What is set where the command line leaves it open.
-
-    A tiny model takes more steps, and thirty times the paper's rate, whatever the method.
-    """
-    method, kind = config.method, (config.data or "atlas").partition(":")[0]
-    found = {"data": "atlas", "langs": ["en", "fr", "es", "sw"], "split_seed": 0, "score": "sum"}
-    found |= dict.fromkeys(["trust", "gamma", "train_subjects", "test_subjects"], [])
-    found["beta"] = 0.1 if method in ("dpo", "calm") else 1.0  # 0.1 as usual: the paper gives none
-    found |= {"lr": LR[method], "epochs": 1, "batch_questions": 4, "candidates": 2}
-    found["pairs_per_question"] = 7 if kind == "xcsqa" and method in ("dco", "dpo") else 1  # App. H
-    if not config.model:
-        found |= {"lr": 30 * LR[method], "epochs": 11, "batch_questions": 8}
-    if not config.model and method == "dco":
-        found["candidates"] = 6
-        if "en" in (config.langs or ["en"]) and not config.gamma:
-            found["trust"] = ["en=2"]
-    return found
 
 
 def parse_config() -> Config:
@@ -170,21 +148,18 @@ def parse_config() -> Config:
         raise InputError(f"no such setting: {' '.join(unknown)}; --help lists them")
     path = Path(given.model, "run.json")
     if given.eval_only and given.model and path.is_file():
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            weighed = given.trust or given.gamma or given.langs  # else as the run's languages were
-            for name in OF_THE_RUN.split():
-                if getattr(given, name) is None and not (weighed and name in ("trust", "gamma")):
-                    setattr(given, name, run[name])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} was not written by this train.py ({error!r})") from error
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and given.out  # by torchrun
-    given.resume = given.resume or bool(restarted)
+        run = read_json(path)
+        weighed = given.trust or given.gamma or given.langs  # else as the run's languages were
+        for name in OF_THE_RUN.split():
+            if getattr(given, name) is None and not (weighed and name in ("trust", "gamma")):
+                setattr(given, name, run.get(name))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun began it anew
+    given.resume |= bool(restarts and given.out)
     config = Config(**vars(given))
     least = 3 if config.method == "calm" else 2
-    if len(config.langs) < least:
-        why = f"{config.method} takes {least} languages or more"
-        raise InputError(f"--langs {' '.join(config.langs)}: {why}")
+    if len(config.langs) < least or "," in config.langs[0]:
+        why = f"{config.method} takes {least} languages or more, with spaces between them"
+        raise InputError(f"--langs {' '.join(config.langs)}: {why}, as en es")
     if not config.model and config.data != "atlas":
         raise InputError(f"--data {config.data} needs --model: without, there is atlas only")
     if config.resume and not config.out:
@@ -197,28 +172,25 @@ def gamma_matrix(config: Config) -> Tensor:
     langs, L, weights = config.langs, len(config.langs), dict.fromkeys(config.langs, 1.0)
     if config.trust and config.gamma:
         raise InputError("--trust and --gamma say the same thing twice: give one")
-    for item in config.trust:
-        lang, _, weight = item.partition("=")
-        if lang not in langs and weight:
-            raise InputError(f"--trust {item}: {lang!r} is not among --langs {' '.join(langs)}")
-        try:
-            weights[lang] = float(weight)
-        except ValueError:
-            raise InputError(f"--trust {item}: write LANG=NUMBER, as in en=2") from None
-        if not 0 < weights[lang] < math.inf:
-            raise InputError(f"--trust {item}: must be positive and finite")
-    if not config.gamma:
-        trust = torch.tensor(list(weights.values()), dtype=torch.double)
-        return dco.gamma_from_trust(trust, config.beta)
+    flag, form = "--gamma", f"two numbers for two languages, or a JSON matrix {L} x {L}"
+    if config.trust:
+        flag, form = f"--trust {' '.join(config.trust)}", "LANG=NUMBER, as en=2"
     try:
+        for item in config.trust:
+            lang, weight = item.split("=")
+            if lang not in langs:
+                raise ValueError(f"{lang!r} is not among --langs {' '.join(langs)}")
+            weights[lang] = float(weight)
+        if not config.gamma:
+            trust = torch.tensor([*weights.values()], dtype=torch.double)
+            return dco.gamma_from_trust(trust, config.beta)
         gamma = torch.tensor([json.loads(item) for item in config.gamma], dtype=torch.double)
+        gamma = gamma.squeeze(0) if gamma.ndim == 3 else gamma.diag_embed().flip(-1)
+        dco.align_reward(torch.zeros(L, 2), gamma)  # raises for another shape or diagonal
+        if not ((gamma >= 0) & gamma.isfinite()).all():
+            raise ValueError("each entry must be finite and not negative")
     except (ValueError, TypeError) as error:
-        raise InputError("--gamma: neither two numbers nor a JSON matrix") from error
-    gamma = gamma.squeeze(0) if gamma.ndim == 3 else gamma.diag_embed().flip(-1)
-    finite = bool(((gamma >= 0) & (gamma < math.inf)).all())
-    if gamma.shape != (L, L) or gamma.diagonal().any() or not finite:
-        must = "finite, not negative, with zeros on the diagonal (or two numbers for two languages)"
-        raise InputError(f"--gamma must be {L} x {L} for --langs {' '.join(langs)}, {must}")
+        raise InputError(f"{flag}: {error}; wanted: {form}") from error
     if not dco.is_consistent(gamma, config.beta):
         rank = torch.linalg.matrix_rank(gamma / config.beta + torch.eye(L, dtype=torch.double))
         found = f"Gamma has rank {rank}, not rank 1 with positive entries"
@@ -227,28 +199,24 @@ def gamma_matrix(config: Config) -> Tensor:
 
 
 # ---------------------------------------------------------------------------- what a step trains on
+Rows = list[list[Tree]]  # [question][language]
 
 
 class Item(NamedTuple):
     """A draw of candidates from one question, with all that a step needs of it."""
 
-    trees: list[data.Tree]  # one a language; where a method prefers an answer, that one is first
+    trees: list[Tree]  # one a language; where a method prefers an answer, that one is first
     ref_logps: Tensor  # (L, K) nats
     r_align: Tensor  # (L, K) nats: what DCO's r-hat is to become, up to a constant (Eq. 12)
     trained: list[int]  # the languages that learn from it
     id: str  # of the question
 
 
-def select_candidates(
-    question: Question, ref_logps: Tensor, number: int, config: Config
-) -> tuple[Tensor, list[int]]:
-    """Which candidates each language compares, the preferred first, (L, K), and who is trained.
-
-    ref_logps: (L, K) nats of all the question's candidates; CALM alone looks at them.
-    """
+def select_candidates(question: Question, ref_logps: Tensor, number: int, config: Config) -> tuple:
+    """Which candidates each language compares, the preferred first, (L, K), and who is trained."""
     L, K = ref_logps.shape
     trained = list(range(L))
-    if config.method == "calm":
+    if config.method == "calm":  # the only one to look at ref_logps, (L, K)
         winner, own = dco.majority_vote(ref_logps)[0].expand(L), ref_logps.argmax(-1)
         return torch.stack([winner, own], -1), (own != winner).nonzero()[:, 0].tolist()
     if config.method == "dco":
@@ -264,29 +232,8 @@ def select_candidates(
     return torch.tensor(chosen).expand(L, -1), trained
 
 
-def calm_votes(
-    questions: list[Question], ref_logps: Tensor, config: Config
-) -> tuple[list[int], dict]:
-    """The questions in which CALM has a language to train, and counts of the votes.
-
-    ref_logps: (Q, L, K) nats.
-    """
-    _, tied = dco.majority_vote(ref_logps)  # (Q,)
-    trained = [
-        select_candidates(question, ref_logps[q, :, : question.K], 0, config)[1]
-        for q, question in enumerate(questions)
-    ]
-    split = [q for q, languages in enumerate(trained) if languages]
-    pairs = {lang: sum(i in each for each in trained) for i, lang in enumerate(config.langs)}
-    return split, {"unanimous": len(trained) - len(split), "ties": int(tied.sum()), "pairs": pairs}
-
-
 def make_batches(
-    questions: list[Question],
-    trees: list[list[data.Tree]],
-    ref_logps: Tensor,
-    gamma: Tensor,
-    config: Config,
+    questions: list[Question], trees: Rows, ref_logps: Tensor, gamma: Tensor, config: Config
 ) -> Iterator[list[Item]]:
     """The items of each step, functions of seed and ids alone. ref_logps: (Q, L, K) nats."""
     L, size = len(config.langs), config.batch_questions
@@ -294,9 +241,9 @@ def make_batches(
         every = range(config.pairs_per_question)
         order = [(q, number) for q in range(len(questions)) for number in every]
         random.Random(f"order/{config.seed}/{epoch}").shuffle(order)
-        for batch in (order[first : first + size] for first in range(0, len(order), size)):
+        for first in range(0, len(order), size):
             items = []
-            for q, number in batch:
+            for q, number in order[first : first + size]:
                 table = ref_logps[q, :, : questions[q].K]  # (L, K) of all its candidates
                 chosen, trained = select_candidates(questions[q], table, number, config)
                 ref = torch.full((L, config.candidates), -torch.inf)
@@ -322,8 +269,6 @@ def language_loss(logps: Tensor, ref_logps: Tensor, r_align: Tensor, config: Con
 
 
 # ----------------------------------------------------------------------------------------- the loop
-
-
 def train(
     model: nn.Module,
     batches: Iterator[list[Item]],
@@ -335,8 +280,8 @@ def train(
 ) -> int:
     """Minimise the loss, summed over languages, averaged over a step's items; the tokens fed.
 
-    Begins at the newest checkpoint in `folder`. Raises SystemExit, with the step saved, after
-    SIGTERM or Ctrl-C, and, before it is taken, for a step whose loss or gradient is not finite.
+    Begins at the newest checkpoint in `folder`, and saves the step after SIGTERM or Ctrl-C. Raises
+    FloatingPointError for a step that is not finite, before it is taken.
     """
     world, device = dist.get_world_size(), next(model.parameters()).device
     model.train()  # for checkpointing; load_model has put dropout at zero
@@ -345,11 +290,11 @@ def train(
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
     kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    scheduler = get_scheduler(kind, optimizer, round(config.warmup * total), total)
+    scheduler = transformers.get_scheduler(kind, optimizer, round(config.warmup * total), total)
     state = load_checkpoint(folder, model, optimizer, scheduler) if folder else {}
-    done, tokens, shown = state.get("step", 0), state.get("tokens", 0), {}
-    steps, mixed = islice(batches, done, None), autocast(config, device)
-    steps = progress(steps, "train", total, shown, done)
+    done, tokens = state.get("step", 0), state.get("tokens", 0)
+    mixed = autocast(config, device)
+    steps = progress(islice(batches, done, None), "train", total, done)
     with stop_flags() as flags:
         for step, items in enumerate(steps, done + 1):
             ref = torch.stack([item.ref_logps for item in items])  # (B, L, K)
@@ -358,7 +303,7 @@ def train(
             logps, losses = torch.zeros_like(targets[0]), torch.zeros_like(targets[0, ..., 0])
             for b, i, batch, weight in local_microbatches(model, items, config, packed):
                 with mixed:
-                    got = completion_logps(model, batch, packed)  # (T, K)
+                    got = dco.completion_logps(model, batch, packed)  # (T, K)
                 K = got.shape[-1]
                 loss = language_loss(got, *targets[:, b, i, :K], config)  # (T,)
                 (weight * loss.sum()).backward()
@@ -381,10 +326,9 @@ def train(
             scheduler.step()
             optimizer.zero_grad()
             tokens += sum(item.trees[i].tokens(packed) for item in items for i in item.trained)
-            if step % config.log_every == 0 or step == total:
-                metrics = step_metrics(items, logps, ref, r_align, losses, config)
-                shown["loss"] = metrics["loss"]
-                log({"step": step, **metrics, "grad_norm": float(norm), "lr": lr})
+            metrics = step_metrics(items, logps, ref, r_align, losses, config)
+            steps.set_postfix(loss=metrics["loss"], refresh=False)
+            log({"step": step, **metrics, "grad_norm": float(norm), "lr": lr})
             stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
             due = config.save_every and (step % config.save_every == 0 or step == total)
             if folder and (stop or due):
@@ -396,37 +340,24 @@ def train(
     return tokens
 
 
-def local_microbatches(
-    model: nn.Module, items: list[Item], config: Config, packed: bool
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], dco.Pack, float]]:
-    """What this process feeds: of each micro-batch's T rows the items b and the languages i, the
-    rows packed, and the weight of their terms.
-
-    Under --shard all processes gather a layer's weights together, so all take as many
-    micro-batches: one that has no more to feed feeds a row of weight zero.
-    """
+def local_microbatches(model: nn.Module, items: list, config: Config, packed: bool) -> Iterator:
+    """Of each micro-batch of this process: items b, languages i, their rows packed, the weight."""
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = [assign_microbatches(items, config, packed, each, world) for each in range(world)]
-    mine, scale = groups[rank], 1.0
-    if config.shard:
-        mine += [[]] * (max(map(len, groups)) - len(mine))
-        scale = world  # FSDP takes the mean over processes
-    for rows in mine:
-        weight = scale / len(items) if rows else 0.0
+    # FSDP gathers a layer's weights on all processes at once: all feed as often, some a row of
+    # weight zero; and it takes the mean over processes, where the loss is a sum.
+    idle = max(map(len, groups)) - len(groups[rank]) if config.shard else 0
+    for rows in groups[rank] + [[]] * idle:
+        weight = (world if config.shard else 1) / len(items) if rows else 0.0
         rows = rows or [(0, items[0].trained[0])]
         trees = [items[b].trees[i] for b, i in rows]
         batch = dco.pack(trees, model.config.get_text_config().hidden_size, packed)
         yield *zip(*rows, strict=True), batch, weight
 
 
-def assign_microbatches(
-    items: list[Item], config: Config, packed: bool, rank: int, world: int
-) -> list[list[tuple[int, int]]]:
-    """What a process feeds at once: rows (item, language), of which each is a term.
-
-    Rows are dealt longest first, to the first process and on to the last, then from the last to
-    the first, so that none waits long for another.
-    """
+def assign_microbatches(items: list, config: Config, packed: bool, rank: int, world: int) -> list:
+    """What a process feeds at once: rows (item, language), of which each is a term."""
+    # Dealt longest first, to the first process and on to the last, then back, so that none waits.
     rows = [(b, i) for b, item in enumerate(items) for i in item.trained]
     rows.sort(key=lambda row: -items[row[0]].trees[row[1]].tokens(packed))
     turns = rank, 2 * world - 1 - rank
@@ -445,65 +376,50 @@ def sum_gradients(weights: list[nn.Parameter], config: Config) -> None:
             pending.wait()
 
 
-def diverged(step: int, items: list[Item], losses: Tensor) -> SystemExit:
-    """The end of a run at a step that cannot be taken; losses: (B, L)."""
+def diverged(step: int, items: list[Item], losses: Tensor) -> FloatingPointError:
+    """The error of a step that cannot be taken; losses: (B, L)."""
     bad = [item for item, row in zip(items, losses, strict=True) if not row.isfinite().all()]
     ids = ", ".join(dict.fromkeys(repr(item.id) for item in bad or items))
-    where = f"the loss of question {ids}" if bad else f"the gradient of questions {ids}"
-    left = "the step was not taken, and the checkpoints before it stay"
-    return fail(f"step {step}: {where} is NaN or infinite; {left}. Begin anew with a lower --lr")
+    where = f"the {'loss' if bad else 'gradient'} of questions {ids} is NaN or infinite"
+    left = "the checkpoints before it stay. Begin anew with a lower --lr"
+    return FloatingPointError(f"step {step}: {where}; it was not taken, and {left}")
 
 
 def step_metrics(
     items: list[Item], logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, config: Config
 ) -> dict:
-    """What the log shows of a step; margins are of the first two answers.
-
-    logps, ref, r_align: (B, L, K); losses: (B, L), 0 where a language is not trained.
-    """
+    """What the log shows: logps, ref, r_align (B, L, K); losses (B, L); margins of two answers."""
     L, found = len(config.langs), {"loss": float(losses.sum() / len(items))}
     used = torch.tensor([[i in item.trained for i in range(L)] for item in items])  # (B, L)
-    mean = dict(zip(config.langs, losses.sum(0) / used.sum(0).clamp(min=1), strict=True))
+    name, unit = ("residual", config.beta) if config.method == "dco" else ("loss", 1.0)
+    mean = losses.sum(0) / used.sum(0).clamp(min=1) / unit  # (L,) a residual is in nats
+    found |= {f"{name}/{lang}": float(x) for lang, x in zip(config.langs, mean, strict=True)}
     if config.method == "sft":
-        return found | {f"loss/{lang}": float(value) for lang, value in mean.items()}
+        return found
     r_hat = dco.implicit_reward(logps, ref, config.beta)
     margin, target = (x[..., 0] - x[..., 1] for x in (r_hat, r_align))  # (B, L)
     if config.method != "dco":
-        right = (margin[used] > 0).float().mean()
-        return found | {
-            "rewards/margin": float(margin[used].mean()),
-            "rewards/accuracy": float(right),
-        }
-    first = logps[..., 0] > logps[..., 1]
-    a, b = torch.triu_indices(L, L, 1)
-    alike = (first[:, a] == first[:, b])[used[:, a] & used[:, b]]
-    found |= {
-        f"residual/{lang}": float(value / config.beta) for lang, value in mean.items()
-    }  # nats
-    return found | {
-        "rewards/margin": float((margin * target.sign())[used].mean()),  # towards the target
-        "rewards/target": float(target[used].abs().mean()),
-        "consistent": float(alike.float().mean()),
-    }
+        means = {"rewards/margin": margin[used], "rewards/accuracy": (margin[used] > 0).float()}
+    else:
+        first, (a, b) = logps[..., 0] > logps[..., 1], torch.triu_indices(L, L, 1)
+        alike = (first[:, a] == first[:, b])[used[:, a] & used[:, b]]
+        means = {"rewards/margin": (margin * target.sign())[used]}  # towards the target
+        means |= {"rewards/target": target[used].abs(), "consistent": alike.float()}
+    return found | {name: float(values.mean()) for name, values in means.items()}
 
 
 # ---------------------------------------------------------------------- processes, and how they end
-
 CONTINUE = "; the same command with --resume continues from the last checkpoint"
 
 
 def init_distributed(config: Config) -> torch.device:
     """Join the process group that torchrun's environment describes, or make one of one process."""
-    device = "cpu" if not config.model else config.device
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available["cpu"] = True
-    if device == "auto":
-        device = next(name for name, there in available.items() if there)
-    if not available[device]:
-        raise InputError(f"--device {device}: this torch sees no such device; use auto or cpu")
+    device = config.device or ("cuda" if config.model and torch.cuda.is_available() else "cpu")
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this torch sees no GPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if device == "cpu":
+    else:
         reuse_memory()
     transformers.utils.logging.disable_progress_bar()  # one bar at a time
     timeout = timedelta(minutes=config.timeout)
@@ -511,94 +427,69 @@ def init_distributed(config: Config) -> torch.device:
     if "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         # torch's store outlives a restart, and would send workers to those of before it
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"restart-{restart}", store)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     return torch.device(device)
 
 
 def reuse_memory() -> None:
-    """Have glibc keep what torch frees, so that the process stays as large as it was at most.
-
-    Else each step's gradients are new pages, which takes a third of a step on CPUs.
-    """
+    """Have glibc keep what torch frees: new pages for each step's gradients take a third of it."""
     with suppress(AttributeError, TypeError):  # another libc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's end is not given back
 
 
-def print0(text: str, file: Any = None) -> None:
+def print0(text: str) -> None:
     """Print on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, file=file, flush=True)
-
-
-def fail(message: str) -> SystemExit:
-    """The end of all processes with status 1, and what rank 0 says of it."""
-    print0(f"error: {message}", file=sys.stderr)
-    return SystemExit(1)
+        print(text, flush=True)
 
 
 @contextmanager
 def stop_flags() -> Iterator[list[float]]:
     """While it lasts, SIGTERM and Ctrl-C only set the first or second of these flags to 1."""
-    flags = [0.0, 0.0]
+    flags, numbers = [0.0, 0.0], (signal.SIGTERM, signal.SIGINT)
 
     def on_signal(number, _):
-        flags[number == signal.SIGINT] = 1.0
+        flags[numbers.index(number)] = 1.0
         with suppress(OSError):  # Ctrl-C may have closed what stands behind a pipe
             os.write(2, b"finishing the step, then saving\n" * (dist.get_rank() == 0))
 
-    before = {each: signal.signal(each, on_signal) for each in (signal.SIGTERM, signal.SIGINT)}
+    before = [signal.signal(number, on_signal) for number in numbers]
     try:
         yield flags
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main, and end with an exit status: 2 for bad input, 128 + a signal's number, else 1.
-
-    A mistake of the user's ends in one line, once a machine; want of memory in advice.
-    """
-
-    def on_signal(number, _):
-        print0(f"stopped by {signal.Signals(number).name}{CONTINUE}", file=sys.stderr)
-        sys.exit(128 + number)
-
-    def log_error(message):
-        rank = os.environ.get("RANK", "0")
-        print(
-            f"process {rank}: " * (rank != "0") + f"error: {message}", file=sys.stderr, flush=True
-        )
-
-    status = 1
+    """Call main. What a user can mend ends in a line: status 2 for bad input, otherwise 1."""
+    status, rank = 1, os.environ.get("RANK", "0")
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         main()
-        if dist.is_initialized():
-            dist.barrier()  # leave together: one that left early has aborted, now and then
+        dist.barrier()  # leave together: one that left early has aborted, now and then
         status = 0
-    except InputError as error:
-        status = 2
+    except KeyboardInterrupt:
+        status = 130
+        print0(f"stopped{CONTINUE}")
+    except (InputError, FloatingPointError) as error:  # the same on every process: said once
+        status = 2 if isinstance(error, InputError) else 1
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            log_error(error)
-    except OSError as error:
-        log_error(f"{error}{CONTINUE}")
-    except RuntimeError as error:  # gloo and the CPU's allocator have no classes of their own
-        first = str(error).partition("\n")[0]
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
-            less = "Lower --max_tokens, take --gradient_checkpointing, or --shard over more GPUs"
-            log_error(f"out of memory. {less}{CONTINUE}. {first}")
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text, cause = str(error).partition("\n")[0], "could not be read or saved"
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            cause = "out of memory; lower --max_tokens, take --gradient_checkpointing or --shard"
         elif isinstance(error, dist.DistError) or re.search("gloo|pair closure", str(error)):
-            lost = "lost the other processes, of which one ended, or the network failed"
-            log_error(f"{lost}{CONTINUE}. {first}")
-        else:
+            cause = "lost the other processes, of which one ended, or the network failed"
+        elif isinstance(error, RuntimeError):
             raise
+        name = f"process {rank}: " * (rank != "0")
+        print(f"{name}error: {cause}: {text}{CONTINUE}", file=sys.stderr, flush=True)
     finally:
         if dist.is_initialized() and (status == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()  # NCCL would wait for what failed
@@ -606,39 +497,27 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(status)
 
 
-def progress(
-    steps: Iterable, desc: str, total: int, shown: dict | None = None, done: int = 0
-) -> Iterator:
-    """Iterate under a bar on rank 0, a line now and then without a terminal, with what is `shown`.
-
-    The first `done` of the `total` steps were taken before.
-    """
+def progress(steps: Iterable, desc: str, total: int, done: int = 0) -> tqdm:
+    """Steps under a bar on rank 0 or, without a terminal, a line every ten seconds."""
     line = "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
     look = {"leave": False, "dynamic_ncols": True}
     if not sys.stderr.isatty():
         look = {"leave": True, "mininterval": 10, "bar_format": line}
-    with tqdm(desc=desc, total=total, initial=done, disable=dist.get_rank() > 0, **look) as bar:
-        for step in steps:
-            yield step
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
+    return tqdm(steps, desc, total, initial=done, disable=dist.get_rank() > 0, **look)
 
 
 # ------------------------------------------------------------------------------ loading and scoring
-
-
 def load_splits(config: Config) -> rankc.Splits:
     """The questions of "train" and "test"; an empty split is left out."""
     questions, kind = data.load(config.data, config.langs, print0), config.data.partition(":")[0]
-    number, test_subjects = config.train_questions, config.test_subjects
+    number, subjects = config.train_questions, (config.train_subjects, config.test_subjects)
     if number is None and not config.train_subjects:
-        if kind not in data.TRAIN_QUESTIONS and not config.eval_only:
+        number = data.TRAIN_QUESTIONS.get(kind, 0)
+        if not number and not config.eval_only:
             asked = f"how many of {len(questions)} to train on? The others are held out"
             raise InputError(f"--train_questions: {asked}")
-        number = data.TRAIN_QUESTIONS.get(kind, 0)
-        if test_subjects:
-            number = min(number, sum(q.subject not in test_subjects for q in questions))
-    subjects = config.train_subjects, test_subjects
+        if config.test_subjects:
+            number = min(number, sum(q.subject not in config.test_subjects for q in questions))
     parts = data.split(questions, number, config.test_questions, config.split_seed, *subjects)
     splits = {name: part for name, part in zip(("train", "test"), parts, strict=True) if part}
     if "train" not in splits and not config.eval_only:
@@ -650,12 +529,13 @@ def load_splits(config: Config) -> rankc.Splits:
     return splits
 
 
-def load_model(config: Config, device: torch.device) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model, in the asked number format and with dropout off, and its tokenizer.
+# What transformers lets through of a damaged folder.
+WRONG = OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError
+WRONG += (SafetensorError,)
 
-    Only the language model and its head are trained: no text reaches what is for pictures (Gemma
-    3's vision tower), which never gets a gradient and needs no moments. Raises InputError.
-    """
+
+def load_model(config: Config, device: torch.device) -> tuple[nn.Module, Any]:
+    """The model, in the asked number format and with dropout off, and its tokenizer."""
     name, remote = config.model, {"trust_remote_code": config.trust_remote_code}
     try:
         settings = transformers.AutoConfig.from_pretrained(name, **remote)
@@ -664,38 +544,26 @@ def load_model(config: Config, device: torch.device) -> tuple[nn.Module, PreTrai
                 if "drop" in key and isinstance(value, float):
                     setattr(part, key, 0.0)  # else policy and reference differ at step 0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
-        how = {"dtype": getattr(torch, config.dtype), "use_safetensors": True, **remote}
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            name, config=settings, output_loading_info=True, **how
-        )
+        how = {"config": settings, "dtype": getattr(torch, config.dtype), "use_safetensors": True}
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model, found = load(name, output_loading_info=True, **how, **remote)
         if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
             raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
     except torch.OutOfMemoryError:
         raise
-    except (
-        *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
-        SafetensorError,
-    ) as error:  # what transformers lets through of a damaged folder
-        place, why = Path(name), "give a folder that save_pretrained wrote, with safetensors"
-        if place.is_file():
-            why = "it is a file; give the folder it lies in (GGUF is not read)"
-        elif not place.is_dir():
-            why = f"{place.absolute()} is no folder, and the hub does not give it"
-        elif not [*place.glob("*.safetensors")]:
-            why = "it holds no .safetensors file; a .bin file may run code, and is not read"
-        wrong = f"--model {name}: no causal language model can be loaded from it: {why}"
-        raise InputError(f"{wrong}. {error!r}") from error
-    model.requires_grad_(False)
+    except WRONG as error:
+        where = "" if Path(name).is_dir() else " (there is no such folder)"
+        form = "wanted is a folder or hub name with config.json, tokenizer and .safetensors"
+        wrong = f"--model {name}{where}: no causal language model can be loaded from it"
+        raise InputError(f"{wrong}; {form}. {error!r}") from error
+    model.requires_grad_(False)  # no text reaches what is for pictures, as Gemma 3's vision tower
     for part in (model.get_decoder(), model.get_output_embeddings()):
         part.requires_grad_(True)
     return model.to(device), tokenizer
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """FSDP2: of each weight, gradient and moment a process holds its share.
-
-    A layer's weights are gathered where it computes. Raises InputError where no layers are found.
-    """
+    """FSDP2: a process holds its share of each weight, gathered where a layer computes."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
 
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
@@ -713,41 +581,13 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-Trees = dict[str, list[list[data.Tree]]]  # of each split, [question][language]
-
-
-def encode_splits(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: rankc.Splits,
-    config: Config,
-    whole: bool = False,
-) -> tuple[Trees, bool]:
-    """The trees of each split, and whether this model scores them packed; `whole`: prompts, too."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    encode = partial(data.encode, tokenizer, langs=config.langs, context=context, whole=whole)
-    trees = {name: encode(questions) for name, questions in splits.items()}
-    every = [tree for rows in trees.values() for row in rows for tree in row]
-    packed = dco.packs_exactly(model, [max(every, key=data.Tree.tokens), every[0]])
-    if not packed:
-        found = "this model does not score packed questions as it scores separate ones"
-        print0(f"warning: {found}; scoring each answer apart, which is slower")
-    return trees, packed
-
-
 @torch.no_grad()
 def score(
-    model: nn.Module,
-    trees: list[list[data.Tree]],
-    config: Config,
-    packed: bool,
-    desc: str = "",
-    ids: Sequence[str] = (),
+    model: nn.Module, trees: Rows, config: Config, packed: bool, desc: str = "", ids: Any = ()
 ) -> Tensor:
-    """log pi(y|x), or what --score makes of it: trees [question][language] -> (Q, L, K) on the CPU.
+    """log pi(y|x): trees [question][language] -> (Q, L, K) nats, on every process.
 
-    Each tree is scored once, by one process; every process returns the whole table. Raises
-    SystemExit, naming questions by their ids, where a log-prob is NaN or infinite.
+    Raises FloatingPointError, naming questions by their ids, where one is NaN or infinite.
     """
     model.eval()
     flat = [tree for row in trees for tree in row]
@@ -760,7 +600,7 @@ def score(
     for n in progress(rounds, desc, len(rounds)):
         group = groups[min(n, len(groups) - 1)]
         with autocast(config, device):
-            logps = completion_logps(model, [flat[t] for t in group], packed)
+            logps = dco.completion_logps(model, [flat[t] for t in group], packed)
         if n < len(groups):
             table[group, : logps.shape[1]] = logps
     table.masked_fill_(missing.to(device), 0.0)
@@ -770,17 +610,12 @@ def score(
     if where := (~table.isfinite()).view(len(trees), -1).any(-1).nonzero()[:, 0].tolist():
         names = ", ".join(repr(ids[q] if ids else q) for q in where[:5])
         found = f"log-probs are NaN or infinite in {len(where)} of {len(trees)} questions: {names}"
-        raise fail(f"{desc}: {found}; the model is broken, or overflows in {config.dtype}")
-    table.masked_fill_(missing, -torch.inf)
-    if config.score != "sum":
-        scored = [[len(b) - tree.prompt_len for b in tree.branches] for tree in flat]
-        table /= torch.tensor([row + [1] * (table.shape[1] - len(row)) for row in scored])
-    return table.view(len(trees), -1, table.shape[1])
+        broken = f"the model is broken, or overflows in {config.dtype}"
+        raise FloatingPointError(f"{desc}: {found}; {broken}")
+    return table.masked_fill_(missing, -torch.inf).view(len(trees), -1, table.shape[1])
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-
-
 def atomic_rename(part: Path, path: Path) -> None:
     """Put a finished file or folder in its place: fsync what it holds, then rename."""
     for file in part.iterdir() if part.is_dir() else [part]:
@@ -796,30 +631,34 @@ def atomic_write(path: Path, text: str) -> None:
     atomic_rename(part, path)
 
 
+def read_json(path: Path) -> dict:
+    """What train.py wrote. Raises InputError for anything else."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} was not written by this train.py ({error!r})") from error
+
+
 def saved_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, in order."""
     found = folder.glob("step-*/state.json")
     return sorted(int(number) for path in found if (number := path.parent.name[5:]).isdigit())
 
 
+MOMENTS = "exp_avg", "exp_avg_sq"
+
+
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The trained weights and AdamW's two moments of each, by name; a tied weight once."""
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    moments = {}
-    for name, weight in weights.items():
-        for kind in ("exp_avg", "exp_avg_sq"):
-            moments[f"{name}.{kind}"] = optimizer.state[weight][kind]
-    return weights | moments
+    weights = [(name, w) for name, w in model.named_parameters() if w.requires_grad]
+    moments = [(f"{name}.{x}", optimizer.state[w][x]) for name, w in weights for x in MOMENTS]
+    return dict(weights + moments)
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Any, state: dict) -> None:
-    """Write step-N/, each process its own shards as safetensors, and keep the last two.
-
-    It is written beside them and renamed when it is whole. Raises OSError, and leaves the others
-    as they are, where the disk is full.
-    """
-    path = folder / f"step-{state['step']}"
-    part, rank = path.with_name(path.name + ".part"), dist.get_rank()
+    """Write step-N/, each process its own shards as safetensors, and keep the last two."""
+    path, rank = folder / f"step-{state['step']}", dist.get_rank()
+    part = path.with_name(path.name + ".part")
     if rank == 0:
         for left in (part, path):  # of a run that was killed while it wrote, or removed
             shutil.rmtree(left, ignore_errors=True)
@@ -835,157 +674,117 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Any, state: dict)
                 (old / "state.json").unlink()  # first: without it the rest is no checkpoint
                 shutil.rmtree(old)
     except (OSError, dcp.CheckpointException) as error:
-        if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-        left = [f"step {step}" for step in saved_steps(folder)[-1:]] or ["no earlier step"]
-        failed = f"the checkpoint of step {state['step']} could not be saved: {cause(error)}"
-        raise OSError(f"{failed}. That of {left[0]} is whole") from error
+        shutil.rmtree(part, ignore_errors=True)
+        left = f"step {state['step']} was not, steps {saved_steps(folder)} are whole"
+        raise OSError(f"{str(error).splitlines()[-1]}: {left}") from error
     dist.barrier()
 
 
-def cause(error: BaseException) -> BaseException:
-    """What went wrong, of the first process whose part of a checkpoint failed."""
-    failures = getattr(error, "failures", None)
-    return next(iter(failures.values()))[0] if failures else error
-
-
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> dict:
-    """Restore the newest checkpoint on any number of processes, sharded or not; {} without one.
-
-    Raises InputError, naming it, where it is damaged or of another model.
-    """
+    """Restore the newest checkpoint on any number of processes, sharded or not; {} without one."""
     if not (steps := saved_steps(folder)):
         return {}
     path = folder / f"step-{steps[-1]}"
     for weight in [weight for weight in model.parameters() if weight.requires_grad]:
-        moments = {kind: torch.zeros_like(weight) for kind in ("exp_avg", "exp_avg_sq")}
+        moments = {kind: torch.zeros_like(weight) for kind in MOMENTS}
         step = torch.tensor(float(steps[-1]), device=weight.device)
         optimizer.state[weight] = {"step": step, **moments}
     try:
         state = json.loads((path / "state.json").read_text())
         found = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
-        if found != state["sizes"]:
-            raise ValueError("files are missing, or of another size")
-        if state["step"] != steps[-1] or not isinstance(state["tokens"], int):
-            raise ValueError(f"state.json is not of step {steps[-1]}")
+        if (found, steps[-1]) != (state["sizes"], state["step"]) or state["tokens"] < 0:
+            raise ValueError("files are missing, or of another size or step")
         reader = dcp.HuggingFaceStorageReader(path)
         dcp.load(training_state(model, optimizer), storage_reader=reader)
         scheduler.load_state_dict(state["scheduler"])
         optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
     except (dcp.CheckpointException, OSError, ValueError, KeyError, TypeError) as error:
-        wrong = f"{path} is damaged, or of another model ({cause(error)!r})"
+        wrong = f"{path} is damaged, or of another model ({str(error).splitlines()[-1]})"
         without = "remove it, and --resume continues from the one before"
         raise InputError(f"{wrong}; {without}") from error
     return state
 
 
-def load_or_compute(
-    path: Path, shapes: dict[str, tuple[int, ...]], compute: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """The score tables in a safetensors file, of these shapes; computed and saved if it is absent.
-
-    Raises InputError where the file is damaged, or of other questions.
-    """
+def load_or_compute(path: Path, shapes: dict, compute: Callable[[], dict]) -> dict[str, Tensor]:
+    """The tables of these shapes in a safetensors file; computed and saved if it is absent."""
     if path.exists():
         try:
             tables = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is damaged ({error}); remove it") from error
-        if {name: table.shape for name, table in tables.items()} != shapes:
-            raise InputError(f"{path}: scores of other questions; name another --out")
-        return tables
+            if {name: table.shape for name, table in tables.items()} != shapes:
+                raise ValueError("scores of other questions")
+            return tables
+        except (OSError, ValueError, SafetensorError) as error:
+            wrong = f"{path} is damaged, or of other questions ({error})"
+            raise InputError(f"{wrong}; remove it, or name another --out") from error
     tables = compute()
     if dist.get_rank() == 0:
         part = path.with_name(path.name + ".part")
-        try:
-            save_file(tables, part)
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be saved: {error}") from error
+        save_file(tables, part)
         atomic_rename(part, path)
     return tables
 
 
-def settings(config: Config) -> dict:
-    """As run.json holds them: a model's folder such that it is found from anywhere."""
-    here = config.model and Path(config.model).is_dir()
-    return {**asdict(config), "model": str(Path(config.model).resolve()) if here else config.model}
-
-
-def choose_folder(config: Config) -> tuple[Path, dict]:
-    """--out, or the first free one of runs/1, runs/2, ...; and the run.json of a run to resume.
-
-    Raises InputError for a folder that holds something else, or a run of other settings.
-    """
-    if not config.out:
-        return next(path for n in count(1) if not (path := Path("runs", str(n))).exists()), {}
-    out = Path(config.out)
+def choose_folder(config: Config) -> tuple[Path, bool]:
+    """--out, or the first free one of runs/1, runs/2, ...; and whether it holds a run to resume."""
+    free = (str(path) for n in count(1) if not (path := Path("runs", str(n))).exists())
+    out = Path(config.out or next(free))
     there = [path.name for path in out.iterdir()] if out.is_dir() else [out.name] * out.exists()
     if set(there) <= {"run.json.part"}:  # new, or killed before it began
-        return out, {}
+        return out, False
     if not config.resume:
         go_on = "of a run that was killed: --resume continues it"
         raise InputError(f"--out {out} is not empty; name another, or remove it ({go_on})")
-    try:
-        old, new = json.loads((out / "run.json").read_text()), settings(config)
-        pairs = {name: (old[name], new[name]) for name in new if name not in FREE.split()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        wrong = f"--resume: {out} is there, but is no run of this train.py ({error!r})"
-        raise InputError(wrong) from error
+    old, new = read_json(out / "run.json"), record(config)
+    pairs = {name: (old.get(name), new[name]) for name in new if name not in FREE.split()}
     if differ := "; ".join(f"{name} {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b):
-        differs = f"--resume: {out} was begun with other settings: {differ}"
-        raise InputError(f"{differs}. Give those, or another --out")
-    return out, old
+        begun = f"--resume: {out} was begun with other settings: {differ}"
+        raise InputError(f"{begun}. Give those, or another --out")
+    return out, True
 
 
-def begin(out: Path, config: Config, old: dict, done: int) -> None:
+def record(config: Config) -> dict:
+    """Settings as run.json holds them: a model's folder such that it is found from anywhere."""
+    place = Path(config.model)
+    return {**asdict(config), "model": str(place.resolve()) if place.is_dir() else config.model}
+
+
+def begin(out: Path, config: Config, done: int) -> None:
     """Make the folder of a run: run.json holds its settings and what it runs on."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    revision = None
+    made = {**record(config), "out": str(out), "processes": dist.get_world_size()}
+    made |= {"torch": torch.__version__, "transformers": transformers.__version__, "git": None}
     with suppress(FileNotFoundError):
-        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    resumed = {"resumed": [*old.get("resumed", []), *[done] * bool(done)]}
-    ran = {**versions, "git": revision, "processes": dist.get_world_size(), **resumed}
+        made["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     out.mkdir(parents=True, exist_ok=True)
-    record = {**settings(config), "out": str(out), **ran}
-    atomic_write(out / "run.json", json.dumps(record, indent=1))
+    atomic_write(out / "run.json", json.dumps(made, indent=1))
     (out / "checkpoint").mkdir(exist_ok=True)  # after run.json, by which a run is known
     # what a killed run logged after its last checkpoint is logged again
-    path, kept = out / "log.jsonl", ""
-    if done:
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n")]
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= done)
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)[:done] if done else []
     if not config.eval_only:
-        atomic_write(path, kept)
+        atomic_write(out / "log.jsonl", "".join(lines))
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """The model as a Hugging Face folder. Raises OSError where the disk is full."""
+def save_model(model: nn.Module, tokenizer: Any, out: Path) -> None:
+    """The model as a Hugging Face folder."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors = get_model_state_dict(model, options=options)  # {} but on rank 0
     if dist.get_rank() == 0:
         names = {name for name, _ in model.named_parameters()}  # a tied weight once
         every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tensors = {name: t for name, t in tensors.items() if name not in every - names}
-        try:
-            model.save_pretrained(out, state_dict=tensors)
-            tokenizer.save_pretrained(out)
-        except SafetensorError as error:
-            raise OSError(f"{out}: the model could not be saved: {error}") from error
+        model.save_pretrained(out, state_dict=tensors)
+        tokenizer.save_pretrained(out)
 
 
 # ------------------------------------------------------------------------------- the embedded model
-
 COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts that are taught
 
 
-def embedded_model(config: Config, known: bool) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def embedded_model(config: Config, known: bool) -> tuple[nn.Module, Any]:
     """A tiny Llama over whole words that has learnt real facts unevenly, and its tokenizer.
 
-    English has every fact, the other languages a share (COVERAGE), drawn by the seed; all have the
-    countries' names in the other languages, the bridge over which a fact can come. Where its
-    weights are `known`, from a checkpoint, it is not taught.
+    Each language has its share of them (COVERAGE), drawn by the seed, and the countries' names in
+    the others, a bridge for facts. One whose weights are `known`, from a checkpoint, is not taught.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -1009,78 +808,59 @@ def embedded_model(config: Config, known: bool) -> tuple[nn.Module, PreTrainedTo
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": True}
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **sizes, **special))
-    if not known:
-        pretrain(model, [torch.tensor(ids) for ids in tokenizer(facts)["input_ids"]], config.seed)
-    return model, tokenizer
-
-
-def pretrain(model: nn.Module, facts: list[Tensor], seed: int) -> None:
-    """Teach the embedded model its facts by plain SFT, on rank 0; all processes get the weights."""
+    if known:
+        return model, tokenizer
+    taught = [torch.tensor(ids) for ids in tokenizer(facts)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.5, betas=(0.9, 0.98))
-    scheduler = get_scheduler("cosine", optimizer, 40, 800)
-    rng, shown = random.Random(seed), {}
-    for _ in progress(range(800 if dist.get_rank() == 0 else 0), "pretrain", 800, shown):
-        batch = torch.nn.utils.rnn.pad_sequence(rng.sample(facts, 96), batch_first=True)
-        mask = batch > 0
-        labels = batch.masked_fill(~mask, -100)
-        loss = model(input_ids=batch, attention_mask=mask.long(), labels=labels).loss
+    scheduler = transformers.get_scheduler("cosine", optimizer, 40, 800)
+    rng = random.Random(config.seed)
+    for _ in (bar := progress(range(800 if dist.get_rank() == 0 else 0), "pretrain", 800)):
+        batch = pad_sequence(rng.sample(taught, 96), batch_first=True)
+        labels, mask = batch.masked_fill(batch == 0, -100), (batch > 0).long()
+        loss = model(input_ids=batch, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        shown["loss"] = loss.item()
-    if dist.get_world_size() > 1:
-        for weight in model.parameters():
-            dist.broadcast(weight.detach(), 0)
+        bar.set_postfix(loss=loss.item(), refresh=False)
+    for weight in model.parameters():
+        dist.broadcast(weight.detach(), 0)
+    return model, tokenizer
 
 
 # ---------------------------------------------------------------------------------- from end to end
-
-
 def describe(
-    model: nn.Module, tokenizer: Any, splits: rankc.Splits, trees: Trees, total: int, config: Config
+    model: nn.Module, tokenizer: Any, splits: rankc.Splits, trees: dict, total: int, config: Config
 ) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
     weights = [*model.parameters()]
     size, trained = (sum(w.numel() for w in weights if w.requires_grad >= x) for x in (False, True))
-    device = weights[0].device.type
-    mixed = ", bfloat16 autocast" * (device == "cuda" and config.dtype == "float32")
-    lines = [
-        f"{config.model or 'embedded model'}: {size:,} parameters, {trained:,} trained, "
-        f"{config.dtype}{mixed}, on {dist.get_world_size()} x {device}{', sharded' * config.shard}",
-        f"{config.data} in {' '.join(config.langs)}: "
-        + ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items()),
-    ]
+    where = f"{config.dtype} on {dist.get_world_size()} x {weights[0].device.type}"
+    lines = [f"{size:,} parameters, {trained:,} trained, {where}{', sharded' * config.shard}"]
+    parts = ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items())
+    lines += [f"{config.data} in {' '.join(config.langs)}: {parts}"]
     if not config.eval_only:
-        fewer = sum(question.K < config.candidates for question in splits["train"])
-        drawn = f"{config.candidates} candidates each" + f" ({fewer} have fewer)" * (fewer > 0)
-        weighed = f"gamma {config.gamma}" if config.gamma else f"trust {config.trust or 'equal'}"
-        more = f", {config.objective}, {drawn}, {weighed}" * (config.method == "dco")
-        more = f", beta {config.beta:g}" * (config.method != "sft") + more
-        bound = "at most " * (config.method == "calm")  # the votes are not counted yet
-        lines.append(
-            f"{bound}{total} steps of {config.batch_questions} questions over all processes, "
-            f"epochs {config.epochs}, learning rate {config.lr:g} {config.schedule}; "
-            f"{config.method}{more}"
-        )
+        unused = UNUSED.get(f"--method {config.method}", "").split()
+        names = "batch_questions epochs beta trust gamma objective candidates lr schedule".split()
+        used = {name: getattr(config, name) for name in names if name not in unused}
+        used = [f"{x} {y:g}" if isinstance(y, float) else f"{x} {y}" for x, y in used.items() if y]
+        lines += [f"{config.method}, {total} steps: {', '.join(used)}"]
     for lang, tree in zip(config.langs[:2], next(iter(trees.values()))[0], strict=False):
         answers = [tokenizer.decode(branch) for branch in tree.branches]
-        lines.append(f"  {lang}: {tokenizer.decode(tree.prefix)!r} + {answers}")
+        lines += [f"  {lang}: {tokenizer.decode(tree.prefix)!r} + {answers}"]
     return "\n".join(lines)
 
 
 def changes(questions: list[Question], base: Tensor, trained: Tensor, langs: list[str]) -> str:
     """The first few questions some of whose answers changed: before and after in every language."""
-    lines, first = [], langs[0]
-    before, after = base.argmax(-1), trained.argmax(-1)  # (Q, L)
+    lines, before, after = [], base.argmax(-1), trained.argmax(-1)  # (Q, L)
     for q in (before != after).any(1).nonzero()[:4, 0].tolist():
-        answers, gold = questions[q].answers, questions[q].gold
-        right = "not known" if gold is None else answers[first][gold].strip()
-        prompt = questions[q].prompts[first].strip().partition("\n")[0]
-        lines.append(f"  {prompt} ... right: {right}")
+        question, first, gold = questions[q], langs[0], questions[q].gold
+        right = "not known" if gold is None else question.answers[first][gold].strip()
+        lines += [f"  {question.prompts[first].strip().partition(chr(10))[0]} ... right: {right}"]
         for i, lang in enumerate(langs):
-            old, new = (answers[lang][int(best[q, i])].strip() for best in (before, after))
-            lines.append(f"    {lang}  {old}" + ("" if old == new else f"  ->  {new}"))
+            old, new = (question.answers[lang][best[q, i]].strip() for best in (before, after))
+            lines += [f"    {lang}  {old}" + f"  ->  {new}" * (old != new)]
     return "\n".join(lines) or "  none"
 
 
@@ -1089,7 +869,7 @@ def main() -> None:
     if not config.model:
         torch.set_num_threads(1)  # as fast as two for a model this small, faster on a busy machine
     device, langs = init_distributed(config), config.langs
-    rank, world, gamma = dist.get_rank(), dist.get_world_size(), gamma_matrix(config)
+    rank, gamma = dist.get_rank(), gamma_matrix(config)
 
     @contextmanager
     def stage(name):
@@ -1097,13 +877,10 @@ def main() -> None:
         yield
         seconds[name] = round(time.time() - begun, 2)
 
-    chosen = [choose_folder(config) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(chosen)
-    ((out, old),) = chosen
-    folder = out / "checkpoint"
-    if old and (out / "metrics.json").exists():
-        dist.barrier()
+    out, resumed = choose_folder(config)
+    folder, finished = out / "checkpoint", resumed and (out / "metrics.json").exists()
+    dist.barrier()  # all have looked before one writes
+    if finished:
         shutil.rmtree(folder, ignore_errors=True)
         return print0(f"resume: {out} is finished, nothing is left to do")
     splits, done = load_splits(config), max(saved_steps(folder), default=0)
@@ -1112,77 +889,77 @@ def main() -> None:
         if config.model:
             model, tokenizer = load_model(config, "cpu" if config.shard else device)
         else:
-            model, tokenizer = embedded_model(
-                config, known=done > 0 and (folder / "reference.safetensors").exists()
-            )
+            known = done > 0 and (folder / "reference.safetensors").exists()
+            model, tokenizer = embedded_model(config, known)
         if config.shard:
             shard(model, device)
-        trees, packed = encode_splits(model, tokenizer, splits, config)
-        eval_trees = trees
-        if config.score == "string":
-            eval_trees, _ = encode_splits(model, tokenizer, splits, config, whole=True)
-        draws = len(splits.get("train", [])) * config.pairs_per_question
-        total = config.epochs * -(-draws // config.batch_questions)
-        if config.resume:
-            fresh = "from the start: no checkpoint yet" if old else "a new run: nothing is there"
-            print0(f"resume: {out}, " + (f"from step {done} of {total}" if done else fresh))
-        if rank == 0:
-            begin(out, config, old, done)
-        dist.barrier()
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        trees = {s: data.encode(tokenizer, part, langs, context) for s, part in splits.items()}
+        every = [tree for rows in trees.values() for row in rows for tree in row]
+        packed = dco.packs_exactly(model, [max(every, key=Tree.tokens), every[0]])
+    if not packed:
+        found = "this model does not score packed questions as it scores separate ones"
+        print0(f"warning: {found}; scoring each answer apart, which is slower")
+    draws = len(splits.get("train", [])) * config.pairs_per_question
+    total = config.epochs * -(-draws // config.batch_questions)
+    if config.resume:
+        print0(f"resume: {out}, from step {done} of {total}" + ", a new run" * (not resumed))
+    if rank == 0:
+        begin(out, config, done)
+    dist.barrier()
     print0(describe(model, tokenizer, splits, trees, total, config))
 
-    def score_splits(trees, desc, config=config):
-        tables = {}
-        for name, rows in trees.items():
-            ids = [question.id for question in splits[name]]
-            tables[name] = score(model, rows, config, packed, f"{desc} {name}", ids)
-        return tables
+    def score_splits(desc):
+        ids = {name: [question.id for question in part] for name, part in splits.items()}
+        each = ((name, trees[name], config, packed, f"{desc} {name}", ids[name]) for name in splits)
+        return {name: score(model, *arguments) for name, *arguments in each}
 
-    def reference():
-        tables = score_splits(eval_trees, "reference")
-        if config.score != "sum" and "train" in trees:  # training always uses sums
-            summed = replace(config, score="sum")
-            tables["sums"] = score_splits({"train": trees["train"]}, "sums", summed)["train"]
-        return tables
+    def write(file, line):
+        print(json.dumps(line), file=file, flush=True)
+
+    def ranked(sums):  # what --score ranks answers by
+        if config.score == "sum":
+            return sums
+        rows = {name: [t.scored() for row in rows for t in row] for name, rows in trees.items()}
+        counts = {name: pad_sequence([*map(torch.tensor, rows[name])], True, 1) for name in rows}
+        return {name: table / counts[name].view_as(table) for name, table in sums.items()}
 
     with stage("reference"):
         sizes = {name: max(question.K for question in part) for name, part in splits.items()}
         shapes = {name: (len(part), len(langs), sizes[name]) for name, part in splits.items()}
-        if config.score != "sum" and "train" in trees:
-            shapes["sums"] = shapes["train"]
-        tables = load_or_compute(folder / "reference.safetensors", shapes, reference)
-    ref_logps = tables.get("sums", tables.get("train"))
-    base = {name: tables[name] for name in splits}
-    pi_star = {  # Eq. 10: what DCO can reach, before a step is taken
-        name: dco.optimal_policy(table.double(), gamma, config.beta) for name, table in base.items()
-    }
+        compute = partial(score_splits, "reference")
+        ref_logps = load_or_compute(folder / "reference.safetensors", shapes, compute)
+    base = ranked(ref_logps)
+    forecast = partial(dco.optimal_policy, gamma=gamma, beta=config.beta)  # what DCO can reach
+    pi_star = {name: forecast(table.double()) for name, table in ref_logps.items()}
     tables = {"base": base, "optimum": pi_star}
-    sizes = [question.K for questions in splits.values() for question in questions]
-    metrics = {"languages": langs, "chance": rankc.chance_levels(sizes)[0]}
+    every = [question.K for questions in splits.values() for question in questions]
+    metrics = {"languages": langs, "chance": rankc.chance_levels(every)[0]}
     by_subject = bool(config.train_subjects or config.test_subjects)
     print0(rankc.report(splits, tables, langs, metrics, by_subject) + "\n")
     last = list(splits)[-1]
     if not config.eval_only:
-        questions, rows = splits["train"], trees["train"]
+        questions, rows, ref = splits["train"], trees["train"], ref_logps["train"]
         if config.method == "calm":
-            used, metrics["vote"] = calm_votes(questions, ref_logps, config)
+            votes = [
+                select_candidates(q, t[:, : q.K], 0, config)[1] for q, t in zip(questions, ref)
+            ]
+            used = [q for q, trained in enumerate(votes) if trained]
+            ties = int(dco.majority_vote(ref)[1].sum())
+            metrics["vote"] = {"unanimous": len(votes) - len(used), "ties": ties}
             print0(f"calm: {len(used)} questions to train on, {json.dumps(metrics['vote'])}\n")
             if not used:
                 raise InputError("--method calm: the languages agree on every training question")
             questions, rows = ([part[q] for q in used] for part in (questions, rows))
-            ref_logps = ref_logps[used]
+            ref = ref[used]
             total = config.epochs * -(-len(used) // config.batch_questions)
         with stage("train"), open(os.devnull if rank else out / "log.jsonl", "a") as file:
-            batches = make_batches(questions, rows, ref_logps, gamma, config)
-
-            def log(line):
-                print(json.dumps(line), file=file, flush=True)
-
-            tokens = train(model, batches, total, config, packed, log, folder)
+            batches = make_batches(questions, rows, ref, gamma, config)
+            tokens = train(model, batches, total, config, packed, partial(write, file), folder)
         metrics["tokens"] = {"train": tokens}
         save_model(model, tokenizer, out)
         with stage("evaluate"):
-            tables["trained"] = score_splits(eval_trees, "evaluate")
+            tables["trained"] = ranked(score_splits("evaluate"))
         print0(rankc.report(splits, tables, langs, metrics, by_subject))
         print0(f"\nanswers that changed in {last}, the first few questions:")
         print0(changes(splits[last], base[last], tables["trained"][last], langs))

@@ -245,7 +245,7 @@ def one_way(pipe, arguments, shape: str, stage: str, way: str) -> None:
         plain_steps(model, turns(pipe, turn, items), rows, config)
     else:
         for owner, name, part in (
-            (train, "completion_logps", "forward"),
+            (dco, "completion_logps", "forward"),
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "clip_grad_norm_", "optimizer"),
             (torch.optim.AdamW, "step", "optimizer"),

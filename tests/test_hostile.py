@@ -74,7 +74,7 @@ def test_a_candidate_list_written_as_python_is_not_evaluated(tmp_path, trap):
     answers = dict.fromkeys(LANGS, f"[{code}]")
     line = {"id": "1", "prompts": dict.fromkeys(LANGS, "x"), "answers": answers}
     (tmp_path / "q.jsonl").write_text(json.dumps(line))
-    with pytest.raises(data.InputError, match="answers must hold a list"):
+    with pytest.raises(data.InputError, match="answers a list of strings"):
         data.load(f"jsonl:{tmp_path / 'q.jsonl'}", LANGS)
 
 

@@ -195,6 +195,29 @@ def test_dpo_then_dco_by_subject_stand_in_one_table_with_what_their_metrics_say(
         assert judged[split]["base"]["clc"] == pytest.approx(second[split]["trained"]["clc"])
 
 
+def test_score_mean_ranks_by_the_mean_over_an_answers_tokens_and_leaves_training_and_pi_star(world):
+    from transformers import AutoTokenizer
+
+    rows, logs, optimum = {}, {}, {}
+    for how in ("sum", "mean"):
+        out = world / f"by-{how}"
+        train(world, out, "--score", how)
+        lines = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
+        rows[how], logs[how] = list(lines), (out / "log.jsonl").read_text()
+        optimum[how] = json.loads((out / "metrics.json").read_text())["test"]["optimum"]["clc"]
+    assert logs["sum"] == logs["mean"] and optimum["sum"] == optimum["mean"] == pytest.approx(1)
+    tokenizer, numbers = AutoTokenizer.from_pretrained(world / "model"), set()
+    size = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    for total, mean in zip(rows["sum"], rows["mean"], strict=True):
+        for lang, prompt in total["prompts"].items():
+            counts = [size(prompt + answer) - size(prompt) for answer in total["answers"][lang]]
+            numbers.update(counts)
+            for table in ("base", "trained"):
+                wanted = [x / n for x, n in zip(total[table][lang], counts, strict=True)]
+                assert mean[table][lang] == pytest.approx(wanted, rel=1e-5)
+    assert len(numbers) > 1
+
+
 SPLITS = [
     (1, "--shard"),
     (2, "--max_tokens", 100),
@@ -337,7 +360,6 @@ def test_the_steps_bring_the_policy_to_the_optimal_one(process_group, beta):
         epochs=200,
         candidates=3,
         trust=["en=2"],
-        log_every=100,
     )
     questions = [
         data.Question(
@@ -410,7 +432,10 @@ BAD = [
     (["--trust", "sw=1"], "'sw' is not among"),
     (["--data", "jsonl:/no/such.jsonl"], "No such file"),
     (["--model", "/no/such/model"], "no causal language model can be loaded"),
-    (["--model", "some-org/some-model"], "is no folder, and the hub does not give it"),
+    (
+        ["--model", "some-org/some-model"],
+        "some-org/some-model (there is no such folder): no causal",
+    ),
     (
         ["--data", "mmmlu:some-org/some-data"],
         "some-org/some-data: no such folder; one of the hub comes by: hf download",
@@ -422,10 +447,10 @@ BAD = [
     (["--lr", "0"], "--lr 0.0: must be positive"),
     (["--warmup", "1.5"], "--warmup 1.5: a share of the steps lies in [0, 1]"),
     (["--grad_clip", "-1"], "--grad_clip -1.0: must be at least 0"),
-    (["--langs", "en,es"], "--langs en,es: separate them by spaces"),
-    (["--trust", "en:2"], "--trust en:2: write LANG=NUMBER, as in en=2"),
-    (["--data", "/some/place"], "unknown kind '/some/place'; say what it is"),
-    (["--model", __file__], "it is a file; give the folder it lies in"),
+    (["--langs", "en,es"], "--langs en,es: dco takes 2 languages or more, with spaces"),
+    (["--trust", "en:2"], "wanted: LANG=NUMBER, as en=2"),
+    (["--data", "/some/place"], "--data /some/place: wanted is one of atlas, bmlama"),
+    (["--model", __file__], "wanted is a folder or hub name"),
     (["--nonsense", "1"], "--nonsense"),
     (["--schedule", "stairs"], "invalid choice"),
     (["--score", "median"], "invalid choice"),
@@ -471,7 +496,7 @@ def test_a_model_is_found_by_its_hub_name(world, tmp_path, monkeypatch):
 
 def test_many_processes_tell_of_bad_input_once(world, tmp_path):
     text = train(world, tmp_path / "out", "--trust", "en=0", fails=True, processes=2)
-    assert text.count("error: --trust en=0: must be positive") == 1
+    assert text.count("error: --trust en=0: trust must be positive") == 1
 
 
 def test_a_folder_that_holds_something_is_refused_before_any_work(world, alone):
