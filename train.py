@@ -146,6 +146,8 @@ def parse_config() -> Config:
     given, unknown = parser.parse_known_args()
     if unknown:
         raise InputError(f"no such setting: {' '.join(unknown)}; --help lists them")
+    if given.model and Path(given.model).is_dir():  # as run.json is to name it
+        given.model = str(Path(given.model).resolve())
     path = Path(given.model, "run.json")
     if given.eval_only and given.model and path.is_file():
         run = read_json(path)
@@ -734,7 +736,7 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
     if not config.resume:
         go_on = "of a run that was killed: --resume continues it"
         raise InputError(f"--out {out} is not empty; name another, or remove it ({go_on})")
-    old, new = read_json(out / "run.json"), record(config)
+    old, new = read_json(out / "run.json"), asdict(config)
     pairs = {name: (old.get(name), new[name]) for name in new if name not in FREE.split()}
     if differ := "; ".join(f"{name} {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b):
         begun = f"--resume: {out} was begun with other settings: {differ}"
@@ -742,16 +744,10 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
     return out, True
 
 
-def record(config: Config) -> dict:
-    """Settings as run.json holds them: a model's folder such that it is found from anywhere."""
-    place = Path(config.model)
-    return {**asdict(config), "model": str(place.resolve()) if place.is_dir() else config.model}
-
-
 def begin(out: Path, config: Config, done: int) -> None:
     """Make the folder of a run: run.json holds its settings and what it runs on."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    made = {**record(config), "out": str(out), "processes": dist.get_world_size()}
+    made = {**asdict(config), "out": str(out), "processes": dist.get_world_size()}
     made |= {"torch": torch.__version__, "transformers": transformers.__version__, "git": None}
     with suppress(FileNotFoundError):
         made["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -865,17 +861,14 @@ def changes(questions: list[Question], base: Tensor, trained: Tensor, langs: lis
 
 
 def main() -> None:
-    config, seconds = parse_config(), {}
+    config, seconds, started = parse_config(), {}, time.time()
     if not config.model:
         torch.set_num_threads(1)  # as fast as two for a model this small, faster on a busy machine
     device, langs = init_distributed(config), config.langs
     rank, gamma = dist.get_rank(), gamma_matrix(config)
 
-    @contextmanager
-    def stage(name):
-        begun = time.time()
-        yield
-        seconds[name] = round(time.time() - begun, 2)
+    def lap(name):
+        seconds[name] = round(time.time() - started - sum(seconds.values()), 2)
 
     out, resumed = choose_folder(config)
     folder, finished = out / "checkpoint", resumed and (out / "metrics.json").exists()
@@ -885,18 +878,17 @@ def main() -> None:
         return print0(f"resume: {out} is finished, nothing is left to do")
     splits, done = load_splits(config), max(saved_steps(folder), default=0)
     print0(f"loading {config.model or 'the embedded model'}; what is written goes to {out}")
-    with stage("load"):
-        if config.model:
-            model, tokenizer = load_model(config, "cpu" if config.shard else device)
-        else:
-            known = done > 0 and (folder / "reference.safetensors").exists()
-            model, tokenizer = embedded_model(config, known)
-        if config.shard:
-            shard(model, device)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        trees = {s: data.encode(tokenizer, part, langs, context) for s, part in splits.items()}
-        every = [tree for rows in trees.values() for row in rows for tree in row]
-        packed = dco.packs_exactly(model, [max(every, key=Tree.tokens), every[0]])
+    if config.model:
+        model, tokenizer = load_model(config, "cpu" if config.shard else device)
+    else:
+        known = done > 0 and (folder / "reference.safetensors").exists()
+        model, tokenizer = embedded_model(config, known)
+    if config.shard:
+        shard(model, device)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    trees = {s: data.encode(tokenizer, part, langs, context) for s, part in splits.items()}
+    every = [tree for rows in trees.values() for row in rows for tree in row]
+    packed = dco.packs_exactly(model, [max(every, key=Tree.tokens), every[0]])
     if not packed:
         found = "this model does not score packed questions as it scores separate ones"
         print0(f"warning: {found}; scoring each answer apart, which is slower")
@@ -908,6 +900,7 @@ def main() -> None:
         begin(out, config, done)
     dist.barrier()
     print0(describe(model, tokenizer, splits, trees, total, config))
+    lap("load")
 
     def score_splits(desc):
         ids = {name: [question.id for question in part] for name, part in splits.items()}
@@ -924,11 +917,11 @@ def main() -> None:
         counts = {name: pad_sequence([*map(torch.tensor, rows[name])], True, 1) for name in rows}
         return {name: table / counts[name].view_as(table) for name, table in sums.items()}
 
-    with stage("reference"):
-        sizes = {name: max(question.K for question in part) for name, part in splits.items()}
-        shapes = {name: (len(part), len(langs), sizes[name]) for name, part in splits.items()}
-        compute = partial(score_splits, "reference")
-        ref_logps = load_or_compute(folder / "reference.safetensors", shapes, compute)
+    sizes = {name: max(question.K for question in part) for name, part in splits.items()}
+    shapes = {name: (len(part), len(langs), sizes[name]) for name, part in splits.items()}
+    compute = partial(score_splits, "reference")
+    ref_logps = load_or_compute(folder / "reference.safetensors", shapes, compute)
+    lap("reference")
     base = ranked(ref_logps)
     forecast = partial(dco.optimal_policy, gamma=gamma, beta=config.beta)  # what DCO can reach
     pi_star = {name: forecast(table.double()) for name, table in ref_logps.items()}
@@ -953,13 +946,18 @@ def main() -> None:
             questions, rows = ([part[q] for q in used] for part in (questions, rows))
             ref = ref[used]
             total = config.epochs * -(-len(used) // config.batch_questions)
-        with stage("train"), open(os.devnull if rank else out / "log.jsonl", "a") as file:
-            batches = make_batches(questions, rows, ref, gamma, config)
-            tokens = train(model, batches, total, config, packed, partial(write, file), folder)
+        batches = make_batches(questions, rows, ref, gamma, config)
+        with open(os.devnull if rank else out / "log.jsonl", "a") as file:
+
+            def log(line):
+                print(json.dumps(line), file=file, flush=True)
+
+            tokens = train(model, batches, total, config, packed, log, folder)
         metrics["tokens"] = {"train": tokens}
         save_model(model, tokenizer, out)
-        with stage("evaluate"):
-            tables["trained"] = ranked(score_splits("evaluate"))
+        lap("train")
+        tables["trained"] = ranked(score_splits("evaluate"))
+        lap("evaluate")
         print0(rankc.report(splits, tables, langs, metrics, by_subject))
         print0(f"\nanswers that changed in {last}, the first few questions:")
         print0(changes(splits[last], base[last], tables["trained"][last], langs))
