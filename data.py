@@ -58,11 +58,9 @@ def split(
     part only, the other takes the other subjects. Adding a language or a process changes neither
     part. Raises InputError for a subject that is not there and if there are too few questions.
     """
-    there, *named = (
-        set(x) for x in ((q.subject for q in questions), train_subjects, test_subjects)
-    )
+    there, named = {q.subject for q in questions}, [set(train_subjects), set(test_subjects)]
     if unknown := set.union(*named) - there:
-        some = ", ".join(sorted(there)[:60])
+        some = ", ".join(sorted(there)[:60]) + ", ..." * (len(there) > 60)
         raise InputError(f"there is no subject {min(unknown)!r}; there are {some}")
     order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
     pool = [q for q in order if q.subject in (named[0] or there - named[1])]
@@ -182,7 +180,7 @@ def load(spec: str, langs: list[str], print0: Callable[[str], None] = print) -> 
             check(question, langs, where)
             questions.append(question)
     except OSError as error:  # a name too long, a folder that may not be entered
-        raise InputError(f"{error.filename}: {error.strerror}") from error
+        raise InputError(f"{error.filename or spec}: {error.strerror}") from error
     if not questions:
         raise InputError(f"--data {spec}: no questions in it")
     return questions
@@ -357,9 +355,10 @@ def align(place: str, rows: dict[str, list[Row]], print0: Callable, most: float)
     than the share `most` of the others: then letters are no parallel answers.
     """
     tables = {lang: {} for lang in rows}
-    for row, table in ((row, tables[lang]) for lang in rows for row in rows[lang]):
-        if (twin := table.setdefault(row.id, row)) is not row:
-            raise InputError(f"{row.where}: question {row.id!r} stands at {twin.where} already")
+    for lang, table in tables.items():
+        for row in rows[lang]:
+            if (twin := table.setdefault(row.id, row)) is not row:
+                raise InputError(f"{row.where}: question {row.id!r} stands at {twin.where} already")
     first = next(iter(tables.values()))
     shared = [i for i in first if all(i in table for table in tables.values())]
     keys = {i: {table[i].key for table in tables.values()} for i in shared}
@@ -479,9 +478,7 @@ def xcsqa_rows(path: Path) -> Iterator[Row]:
             raise InputError(f"{where}: not a question of X-CSQA ({error!r}): {form}") from error
         if labels != tuple(LETTERS[: len(labels)]) or key and key not in labels:
             given = f"choices {', '.join(labels)} with answer {key!r}"
-            raise InputError(
-                f"{where}: question {id!r}: {given}: wanted are A, B, ... and one of them"
-            )
+            raise InputError(f"{where}: question {id!r}: {given}, not A, B, ... and one of them")
         yield row
 
 

@@ -158,7 +158,7 @@ def report(
     def measured(found, split, picked):
         gold = [splits[split][q].gold for q in picked]
         found.setdefault("questions", len(picked))
-        for name in tables.keys() - found.keys():
+        for name in [name for name in tables if name not in found]:
             each, base = (tables[x][split][picked] for x in (name, "base"))
             found[name] = measure(each, base, gold, langs)
         return found
@@ -170,7 +170,7 @@ def report(
 
         def add(label, level, values, scale=100, form=".1f", rows=rows):
             old, new = values[0], values[-1]
-            change = f"{scale * (new - old):+{form}}" if {old, new}.isdisjoint([None]) else ""
+            change = f"{scale * (new - old):+{form}}" if None not in (old, new) else ""
             cells = ["" if x is None else f"{scale * x:{form}}" for x in values]
             rows.append([label, percent(level), *cells, change])
 
@@ -222,17 +222,16 @@ def _changes(found: dict) -> list[str]:
 def write_answers(path: Path, splits: Splits, tables: Tables, langs: list[str]) -> None:
     """A line a question, with the nats of each candidate: anything can be computed again."""
     with open(path, "w", encoding="utf-8") as file:
-        for split, q, question in (
-            (s, *each) for s, part in splits.items() for each in enumerate(part)
-        ):
-            line = {name: getattr(question, name) for name in ("id", "subject", "gold")}
-            line["split"] = split
-            for name in ("prompts", "answers"):
-                line[name] = {lang: getattr(question, name)[lang] for lang in langs}
-            for name, table in tables.items():
-                nats = table[split][q, :, : question.K].tolist()
-                line[name] = dict(zip(langs, nats, strict=True))
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for split, questions in splits.items():
+            for q, question in enumerate(questions):
+                line = {name: getattr(question, name) for name in ("id", "subject", "gold")}
+                line["split"] = split
+                for name in ("prompts", "answers"):
+                    line[name] = {lang: getattr(question, name)[lang] for lang in langs}
+                for name, table in tables.items():
+                    nats = table[split][q, :, : question.K].tolist()
+                    line[name] = dict(zip(langs, nats, strict=True))
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 # ------------------------------------------------------------------------------ runs beside another
@@ -342,16 +341,16 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
     change, L = new - old, len(langs)
     old.fill_diagonal_(math.nan)
     reach = max(1.0, change.abs().max().item())  # the scale is centred at zero
-    panels = [("CLC before, per cent", old, ".1f", "viridis", 0, 100)]
+    title = "CLC before, per cent" if after else "CLC, per cent"
+    panels = [(title, old, ".1f", "viridis", 0, 100)]
     panels += [("change, points", change, "+.1f", "RdBu", -reach, reach)] * bool(after)
     side = max(3.2, 0.5 * L + 1)
     figure = Figure(figsize=((side + 0.5) * len(panels), side + 0.4), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, values, form, colours, low, high) in zip(grid, panels, strict=True):
         image = axes.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high)
-        axes.set(
-            title=title, xticks=range(L), yticks=range(L), xticklabels=langs, yticklabels=langs
-        )
+        axes.set(title=title, xticks=range(L), yticks=range(L))
+        axes.set(xticklabels=langs, yticklabels=langs)
         for a, b in permutations(range(L), 2):
             red, green, blue, _ = image.cmap(image.norm(float(values[a, b])))
             ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"

@@ -154,7 +154,7 @@ def parse_config() -> Config:
         weighed = given.trust or given.gamma or given.langs  # else as the run's languages were
         for name in OF_THE_RUN.split():
             if getattr(given, name) is None and not (weighed and name in ("trust", "gamma")):
-                setattr(given, name, run.get(name))
+                setattr(given, name, run[name])
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun began it anew
     given.resume |= bool(restarts and given.out)
     config = Config(**vars(given))
@@ -390,7 +390,10 @@ def diverged(step: int, items: list[Item], losses: Tensor) -> FloatingPointError
 def step_metrics(
     items: list[Item], logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, config: Config
 ) -> dict:
-    """What the log shows: logps, ref, r_align (B, L, K); losses (B, L); margins of two answers."""
+    """What the log shows of a step; margins are of the first two answers.
+
+    logps, ref, r_align: (B, L, K); losses: (B, L), 0 where a language is not trained.
+    """
     L, found = len(config.langs), {"loss": float(losses.sum() / len(items))}
     used = torch.tensor([[i in item.trained for i in range(L)] for item in items])  # (B, L)
     name, unit = ("residual", config.beta) if config.method == "dco" else ("loss", 1.0)
@@ -416,7 +419,8 @@ CONTINUE = "; the same command with --resume continues from the last checkpoint"
 
 def init_distributed(config: Config) -> torch.device:
     """Join the process group that torchrun's environment describes, or make one of one process."""
-    device = config.device or ("cuda" if config.model and torch.cuda.is_available() else "cpu")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device if config.model else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this torch sees no GPU")
@@ -470,28 +474,37 @@ def stop_flags() -> Iterator[list[float]]:
 def run(main: Callable[[], None]) -> None:
     """Call main. What a user can mend ends in a line: status 2 for bad input, otherwise 1."""
     status, rank = 1, os.environ.get("RANK", "0")
+
+    def end(message, who=f"process {rank}: " * (rank != "0")):
+        print(f"{who}error: {message}", file=sys.stderr, flush=True)
+
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         main()
         dist.barrier()  # leave together: one that left early has aborted, now and then
         status = 0
     except KeyboardInterrupt:
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends another
+            signal.signal(number, signal.SIG_IGN)
         status = 130
-        print0(f"stopped{CONTINUE}")
+        if rank == "0":
+            end(f"stopped{CONTINUE}")
     except (InputError, FloatingPointError) as error:  # the same on every process: said once
         status = 2 if isinstance(error, InputError) else 1
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        text, cause = str(error).partition("\n")[0], "could not be read or saved"
+            end(error, "")
+    except OSError as error:
+        end(f"could not be read or saved: {error}{CONTINUE}")
+    except RuntimeError as error:  # gloo and the CPU's allocator have no classes of their own
+        text = str(error).partition("\n")[0]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            cause = "out of memory; lower --max_tokens, take --gradient_checkpointing or --shard"
+            less = "lower --max_tokens, take --gradient_checkpointing or --shard"
+            end(f"out of memory; {less}{CONTINUE}. {text}")
         elif isinstance(error, dist.DistError) or re.search("gloo|pair closure", str(error)):
-            cause = "lost the other processes, of which one ended, or the network failed"
-        elif isinstance(error, RuntimeError):
+            lost = "lost the other processes, of which one ended, or the network failed"
+            end(f"{lost}{CONTINUE}. {text}")
+        else:
             raise
-        name = f"process {rank}: " * (rank != "0")
-        print(f"{name}error: {cause}: {text}{CONTINUE}", file=sys.stderr, flush=True)
     finally:
         if dist.is_initialized() and (status == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()  # NCCL would wait for what failed
@@ -555,7 +568,10 @@ def load_model(config: Config, device: torch.device) -> tuple[nn.Module, Any]:
         raise
     except WRONG as error:
         where = "" if Path(name).is_dir() else " (there is no such folder)"
-        form = "wanted is a folder or hub name with config.json, tokenizer and .safetensors"
+        form = (
+            "wanted is a folder or hub name with config.json, tokenizer and .safetensors (.bin may"
+        )
+        form += " run code, and GGUF is not read)"
         wrong = f"--model {name}{where}: no causal language model can be loaded from it"
         raise InputError(f"{wrong}; {form}. {error!r}") from error
     model.requires_grad_(False)  # no text reaches what is for pictures, as Gemma 3's vision tower
@@ -634,10 +650,11 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """What train.py wrote. Raises InputError for anything else."""
+    """The settings in a run.json. Raises InputError where another program wrote it."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {each.name: found[each.name] for each in fields(Config)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} was not written by this train.py ({error!r})") from error
 
 
@@ -677,9 +694,17 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Any, state: dict)
                 shutil.rmtree(old)
     except (OSError, dcp.CheckpointException) as error:
         shutil.rmtree(part, ignore_errors=True)
-        left = f"step {state['step']} was not, steps {saved_steps(folder)} are whole"
-        raise OSError(f"{str(error).splitlines()[-1]}: {left}") from error
+        left = f"step {state['step']} was not saved, steps {saved_steps(folder)} are whole"
+        raise OSError(f"{cause(error)}; {left}") from error
     dist.barrier()
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong, of the first process whose part of a checkpoint failed."""
+    failed = [each for each, _ in getattr(error, "failures", {}).values()] or [error]
+    if interrupted := [each for each in failed if isinstance(each, KeyboardInterrupt)]:
+        raise interrupted[0]
+    return failed[0]
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> dict:
@@ -694,14 +719,15 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, scheduler: A
     try:
         state = json.loads((path / "state.json").read_text())
         found = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
-        if (found, steps[-1]) != (state["sizes"], state["step"]) or state["tokens"] < 0:
+        whole = (found, steps[-1]) == (state["sizes"], state["step"])
+        if not whole or not isinstance(state["tokens"], int):
             raise ValueError("files are missing, or of another size or step")
         reader = dcp.HuggingFaceStorageReader(path)
         dcp.load(training_state(model, optimizer), storage_reader=reader)
         scheduler.load_state_dict(state["scheduler"])
         optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
     except (dcp.CheckpointException, OSError, ValueError, KeyError, TypeError) as error:
-        wrong = f"{path} is damaged, or of another model ({str(error).splitlines()[-1]})"
+        wrong = f"{path} is damaged, or of another model ({cause(error)!r})"
         without = "remove it, and --resume continues from the one before"
         raise InputError(f"{wrong}; {without}") from error
     return state
@@ -721,7 +747,10 @@ def load_or_compute(path: Path, shapes: dict, compute: Callable[[], dict]) -> di
     tables = compute()
     if dist.get_rank() == 0:
         part = path.with_name(path.name + ".part")
-        save_file(tables, part)
+        try:
+            save_file(tables, part)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
         atomic_rename(part, path)
     return tables
 
@@ -729,7 +758,9 @@ def load_or_compute(path: Path, shapes: dict, compute: Callable[[], dict]) -> di
 def choose_folder(config: Config) -> tuple[Path, bool]:
     """--out, or the first free one of runs/1, runs/2, ...; and whether it holds a run to resume."""
     free = (str(path) for n in count(1) if not (path := Path("runs", str(n))).exists())
-    out = Path(config.out or next(free))
+    chosen = [config.out or next(free)]
+    dist.broadcast_object_list(chosen)  # of rank 0
+    out = Path(chosen[0])
     there = [path.name for path in out.iterdir()] if out.is_dir() else [out.name] * out.exists()
     if set(there) <= {"run.json.part"}:  # new, or killed before it began
         return out, False
@@ -737,7 +768,7 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
         go_on = "of a run that was killed: --resume continues it"
         raise InputError(f"--out {out} is not empty; name another, or remove it ({go_on})")
     old, new = read_json(out / "run.json"), asdict(config)
-    pairs = {name: (old.get(name), new[name]) for name in new if name not in FREE.split()}
+    pairs = {name: (old[name], new[name]) for name in new if name not in FREE.split()}
     if differ := "; ".join(f"{name} {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b):
         begun = f"--resume: {out} was begun with other settings: {differ}"
         raise InputError(f"{begun}. Give those, or another --out")
@@ -755,7 +786,8 @@ def begin(out: Path, config: Config, done: int) -> None:
     atomic_write(out / "run.json", json.dumps(made, indent=1))
     (out / "checkpoint").mkdir(exist_ok=True)  # after run.json, by which a run is known
     # what a killed run logged after its last checkpoint is logged again
-    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)[:done] if done else []
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if done else []
+    lines = [line for line in lines if line[-2:] == "}\n" and json.loads(line)["step"] <= done]
     if not config.eval_only:
         atomic_write(out / "log.jsonl", "".join(lines))
 
@@ -768,8 +800,11 @@ def save_model(model: nn.Module, tokenizer: Any, out: Path) -> None:
         names = {name for name, _ in model.named_parameters()}  # a tied weight once
         every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tensors = {name: t for name, t in tensors.items() if name not in every - names}
-        model.save_pretrained(out, state_dict=tensors)
-        tokenizer.save_pretrained(out)
+        try:
+            model.save_pretrained(out, state_dict=tensors)
+            tokenizer.save_pretrained(out)
+        except SafetensorError as error:
+            raise OSError(f"the model in {out}: {error}") from error
 
 
 # ------------------------------------------------------------------------------- the embedded model
@@ -831,7 +866,9 @@ def describe(
     """What is about to be done, and an example in two languages as the model will see it."""
     weights = [*model.parameters()]
     size, trained = (sum(w.numel() for w in weights if w.requires_grad >= x) for x in (False, True))
-    where = f"{config.dtype} on {dist.get_world_size()} x {weights[0].device.type}"
+    device = weights[0].device.type
+    mixed = ", bfloat16 autocast" * (device == "cuda" and config.dtype == "float32")
+    where = f"{config.dtype}{mixed}, on {dist.get_world_size()} x {device}"
     lines = [f"{size:,} parameters, {trained:,} trained, {where}{', sharded' * config.shard}"]
     parts = ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items())
     lines += [f"{config.data} in {' '.join(config.langs)}: {parts}"]
@@ -840,7 +877,10 @@ def describe(
         names = "batch_questions epochs beta trust gamma objective candidates lr schedule".split()
         used = {name: getattr(config, name) for name in names if name not in unused}
         used = [f"{x} {y:g}" if isinstance(y, float) else f"{x} {y}" for x, y in used.items() if y]
-        lines += [f"{config.method}, {total} steps: {', '.join(used)}"]
+        if fewer := sum(question.K < config.candidates for question in splits["train"]):
+            used += [f"{fewer} questions have fewer candidates"]
+        bound = "at most " * (config.method == "calm")  # the votes are not counted yet
+        lines += [f"{config.method}, {bound}{total} steps: {', '.join(used)}"]
     for lang, tree in zip(config.langs[:2], next(iter(trees.values()))[0], strict=False):
         answers = [tokenizer.decode(branch) for branch in tree.branches]
         lines += [f"  {lang}: {tokenizer.decode(tree.prefix)!r} + {answers}"]
@@ -895,7 +935,7 @@ def main() -> None:
     draws = len(splits.get("train", [])) * config.pairs_per_question
     total = config.epochs * -(-draws // config.batch_questions)
     if config.resume:
-        print0(f"resume: {out}, from step {done} of {total}" + ", a new run" * (not resumed))
+        print0(f"resume: {out}, " + (f"from step {done} of {total}" if resumed else "a new run"))
     if rank == 0:
         begin(out, config, done)
     dist.barrier()
@@ -907,39 +947,30 @@ def main() -> None:
         each = ((name, trees[name], config, packed, f"{desc} {name}", ids[name]) for name in splits)
         return {name: score(model, *arguments) for name, *arguments in each}
 
-    def write(file, line):
-        print(json.dumps(line), file=file, flush=True)
-
     def ranked(sums):  # what --score ranks answers by
         if config.score == "sum":
             return sums
-        rows = {name: [t.scored() for row in rows for t in row] for name, rows in trees.items()}
-        counts = {name: pad_sequence([*map(torch.tensor, rows[name])], True, 1) for name in rows}
-        return {name: table / counts[name].view_as(table) for name, table in sums.items()}
+        flat = {s: [torch.tensor(t.scored()) for row in trees[s] for t in row] for s in trees}
+        return {s: sums[s] / pad_sequence(flat[s], True, 1).view_as(sums[s]) for s in sums}
 
-    sizes = {name: max(question.K for question in part) for name, part in splits.items()}
-    shapes = {name: (len(part), len(langs), sizes[name]) for name, part in splits.items()}
+    shapes = {s: (len(part), len(langs), max(q.K for q in part)) for s, part in splits.items()}
     compute = partial(score_splits, "reference")
     ref_logps = load_or_compute(folder / "reference.safetensors", shapes, compute)
     lap("reference")
     base = ranked(ref_logps)
-    forecast = partial(dco.optimal_policy, gamma=gamma, beta=config.beta)  # what DCO can reach
-    pi_star = {name: forecast(table.double()) for name, table in ref_logps.items()}
-    tables = {"base": base, "optimum": pi_star}
-    every = [question.K for questions in splits.values() for question in questions]
-    metrics = {"languages": langs, "chance": rankc.chance_levels(every)[0]}
+    reach = partial(dco.optimal_policy, gamma=gamma, beta=config.beta)  # what DCO can reach
+    tables = {"base": base, "optimum": {s: reach(t.double()) for s, t in ref_logps.items()}}
+    sizes = [question.K for questions in splits.values() for question in questions]
+    metrics = {"languages": langs, "chance": rankc.chance_levels(sizes)[0]}
     by_subject = bool(config.train_subjects or config.test_subjects)
     print0(rankc.report(splits, tables, langs, metrics, by_subject) + "\n")
     last = list(splits)[-1]
     if not config.eval_only:
         questions, rows, ref = splits["train"], trees["train"], ref_logps["train"]
         if config.method == "calm":
-            votes = [
-                select_candidates(q, t[:, : q.K], 0, config)[1] for q, t in zip(questions, ref)
-            ]
-            used = [q for q, trained in enumerate(votes) if trained]
-            ties = int(dco.majority_vote(ref)[1].sum())
-            metrics["vote"] = {"unanimous": len(votes) - len(used), "ties": ties}
+            winner, tied = dco.majority_vote(ref)  # (Q,) each
+            used = (ref.argmax(-1) != winner[:, None]).any(-1).nonzero()[:, 0].tolist()
+            metrics["vote"] = {"unanimous": len(ref) - len(used), "ties": int(tied.sum())}
             print0(f"calm: {len(used)} questions to train on, {json.dumps(metrics['vote'])}\n")
             if not used:
                 raise InputError("--method calm: the languages agree on every training question")
@@ -947,6 +978,7 @@ def main() -> None:
             ref = ref[used]
             total = config.epochs * -(-len(used) // config.batch_questions)
         batches = make_batches(questions, rows, ref, gamma, config)
+        lap("report")
         with open(os.devnull if rank else out / "log.jsonl", "a") as file:
 
             def log(line):
@@ -954,8 +986,9 @@ def main() -> None:
 
             tokens = train(model, batches, total, config, packed, log, folder)
         metrics["tokens"] = {"train": tokens}
-        save_model(model, tokenizer, out)
         lap("train")
+        save_model(model, tokenizer, out)
+        lap("save")
         tables["trained"] = ranked(score_splits("evaluate"))
         lap("evaluate")
         print0(rankc.report(splits, tables, langs, metrics, by_subject))

@@ -149,6 +149,31 @@ def test_a_signal_outside_the_steps_ends_the_run_at_once_with_a_message(world, t
     assert "Traceback" not in text and not lines(tmp_path / "out")
 
 
+def test_a_second_signal_while_the_run_ends_does_no_harm(world, tmp_path):
+    """A terminal and torchrun both send one."""
+    more = ("--max_tokens", 1, "--langs", "en", "es", "fr")
+    started = fork("train.py", command(world, tmp_path / "out", *more), before=slowly_told)
+    until(lambda: (tmp_path / "out" / "run.json").exists())
+    os.kill(started[0][0].pid, signal.SIGINT)
+    (status,), text = wait(started)
+    assert status == 130 and "Traceback" not in text, text
+
+
+def slowly_told():
+    """Each line takes a while, in which another signal comes."""
+    import train
+
+    slowly()
+    train.CONTINUE = Twice("; the same command with --resume")
+
+
+class Twice(str):
+    def __format__(self, _):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return str(self)
+
+
 def slowly():
     import dco
 
@@ -264,7 +289,7 @@ HARM = [
     ("step-*/*.safetensors", cut, "is damaged"),
     ("step-*/*.safetensors", emptied, "is damaged"),
     ("step-*/*.safetensors", Path.unlink, "is damaged"),
-    ("step-*/*.safetensors", renamed, "of another model (RuntimeError: Missing key"),
+    ("step-*/*.safetensors", renamed, "of another model (RuntimeError('Missing key"),
     ("step-*/state.json", cut, "is damaged"),
     ("step-*/state.json", emptied, "is damaged"),
     ("step-*/state.json", text_of({"step": 3}), "another size or step"),

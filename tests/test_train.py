@@ -195,6 +195,16 @@ def test_dpo_then_dco_by_subject_stand_in_one_table_with_what_their_metrics_say(
         assert judged[split]["base"]["clc"] == pytest.approx(second[split]["trained"]["clc"])
 
 
+@pytest.mark.parametrize("text", ["[]", "{", json.dumps({"name": 1, "langs": ["en", "es"]})])
+def test_the_run_json_of_another_program_is_refused(world, tmp_path, text):
+    folder = tmp_path / "model"
+    shutil.copytree(world / "model", folder)
+    (folder / "run.json").write_text(text)
+    said = launch("train.py", "--eval_only", "--model", folder, "--out", tmp_path / "o", fails=True)
+    assert f"{folder / 'run.json'} was not written by this train.py" in said
+    assert "Traceback" not in said and not (tmp_path / "o").exists()
+
+
 def test_score_mean_ranks_by_the_mean_over_an_answers_tokens_and_leaves_training_and_pi_star(world):
     from transformers import AutoTokenizer
 
