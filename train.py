@@ -34,8 +34,9 @@ try:
     from safetensors.torch import load_file, save_file
     from torch import Tensor, nn
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, init_device_mesh
+    from torch.distributed.tensor import DTensor
     from torch.nn.utils.rnn import pad_sequence
     from tqdm import tqdm
 except ImportError as error:  # no environment, or an old one
