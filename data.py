@@ -62,11 +62,12 @@ def split(
     if unknown := set.union(*named) - there:
         some = ", ".join(sorted(there)[:60]) + ", ..." * (len(there) > 60)
         raise InputError(f"there is no subject {min(unknown)!r}; there are {some}")
+    ours, theirs = named[0] or there - named[1], named[1] or there - named[0]
     order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
-    pool = [q for q in order if q.subject in (named[0] or there - named[1])]
+    pool = [q for q in order if q.subject in ours]
     chosen = pool[:train]
     taken = {q.id for q in chosen}
-    rest = [q for q in order if q.subject in (named[1] or there - named[0]) and q.id not in taken]
+    rest = [q for q in order if q.subject in theirs and q.id not in taken]
     held_out = rest[:test]
     if (train or 0) > len(pool) or (test or 0) > len(rest) or min(train or 0, test or 0) < 0:
         found = f"there are {len(pool)} to train on and then {len(rest)} others"
@@ -250,7 +251,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from error
 
 
-def choose(place: str, lang: str, files: dict[str, Any], file: str) -> Any:
+def file_for(place: str, lang: str, files: dict[str, Any], file: str) -> Any:
     """The one of a data set's files that is for a language; `file` is how it would be called."""
     if lang not in files:
         if not Path(place).is_dir():
@@ -298,7 +299,7 @@ def load_bmlama(place: str, langs: list[str], print0: Callable) -> Loaded:
     tables, first = {}, langs[0]
     files = {path.stem: path for path in Path(place).glob("*.tsv")}
     for lang in langs:
-        path = choose(place, lang, files, f"{lang}.tsv")
+        path = file_for(place, lang, files, f"{lang}.tsv")
         with open_text(path) as file:
             if "<mask>" in file.readline():
                 raise InputError(f"{path}, line 1: a question stands where the header should")
@@ -412,7 +413,7 @@ def load_mmmlu(place: str, langs: list[str], print0: Callable) -> Loaded:
                 files.setdefault(code, {}).setdefault((root, source), []).append((path, subject))
     for lang in langs:
         name = "<subject>_test.csv of MMLU" if lang == "en" else f"mmlu_{lang}-XX.csv"
-        sources = choose(place, lang.lower(), files, name)
+        sources = file_for(place, lang.lower(), files, name)
         source, *others = sources
         if others:
             paths = " and ".join(str(Path(place, *each)) for each in sources)
@@ -458,7 +459,7 @@ def load_xcsqa(place: str, langs: list[str], print0: Callable) -> Loaded:
                 raise InputError(f"{place} has {lang!r} twice: {twin} and {path}; keep one")
     part = "dev" if files["dev"].keys() & set(langs) else "test"
     rows = {
-        lang: list(xcsqa_rows(choose(place, lang, files[part], f"X-CSQA/{lang}/dev.jsonl")))
+        lang: list(xcsqa_rows(file_for(place, lang, files[part], f"X-CSQA/{lang}/dev.jsonl")))
         for lang in langs
     }
     yield from align(place, rows, print0, most=0.01)

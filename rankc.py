@@ -168,7 +168,7 @@ def report(
         clc_chance, top_chance = chance_levels([question.K for question in questions])
         rows = [[f"{split}, {len(questions)} questions", "chance", *tables, "change"]]
 
-        def add(label, level, values, scale=100, form=".1f", rows=rows):
+        def add(label, level, values, scale=100, form=".1f"):
             old, new = values[0], values[-1]
             change = f"{scale * (new - old):+{form}}" if None not in (old, new) else ""
             cells = ["" if x is None else f"{scale * x:{form}}" for x in values]
@@ -257,14 +257,16 @@ def read_run(folder: Path) -> Run:
     Raises RunError.
     """
     try:
-        names = "run.json", "metrics.json", "answers.jsonl"
-        settings, metrics, answers = ((folder / name).read_text("utf-8") for name in names)
-        settings, metrics = json.loads(settings), json.loads(metrics)
+        path = folder / "run.json"
+        settings = json.loads(path.read_text("utf-8"))
+        path = folder / "metrics.json"
+        metrics = json.loads(path.read_text("utf-8"))
+        path = folder / "answers.jsonl"  # as one JSON text, so that an error names its line
+        lines = json.loads("[" + path.read_text("utf-8").strip().replace("\n", ",\n") + "]")
         split, langs = "test" if "test" in metrics else "train", settings["langs"]
-        lines = json.loads("[" + answers.strip().replace("\n", ",\n") + "]")
         lines = [line for line in lines if line["split"] == split]
         if len(lines) != (wanted := metrics[split]["questions"]):
-            raise ValueError(f"answers.jsonl has {len(lines)} of {wanted} questions")
+            raise ValueError(f"it has {len(lines)} of {wanted} questions")
         tables = []
         for name in ("base", "trained"):
             nats = [torch.tensor([line[name][lang] for lang in langs]).T for line in lines]
@@ -275,7 +277,7 @@ def read_run(folder: Path) -> Run:
         ids, gold = ([line[name] for line in lines] for name in ("id", "gold"))
         run = Run(model, about + settings["score"], langs, ids, gold, *tables)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder} is not a whole run of train.py: {error!r}") from error
+        raise RunError(f"{path} is not of a whole run of train.py: {error!r}") from error
     for first in (Path(model), folder.parent / Path(model).name):  # there, or moved with this one
         if (first / "metrics.json").is_file() and first.resolve() != folder.resolve():
             earlier = read_run(first)
@@ -308,7 +310,7 @@ def compare(folders: Sequence[str]) -> str:
         known = [q for q, gold in enumerate(base.gold) if gold is not None]
         gold = torch.tensor([base.gold[q] for q in known], dtype=torch.long)
 
-        def by_question(scores, en=en, others=others, known=known, gold=gold):
+        def by_question(scores):  # the paper's columns, (Q,) each
             consist, right = _consist(scores), top1_correct(scores[known], gold)
             pairs = [consist(i, j) for i, j in combinations(range(scores.shape[1]), 2)]
             return torch.stack(pairs).mean(0), right[:, en], right[:, others].mean(1)

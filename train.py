@@ -118,7 +118,8 @@ class Config:
         found = dict.fromkeys(["trust", "gamma", "train_subjects", "test_subjects"], [])
         found |= {"data": "atlas", "langs": ["en", "fr", "es", "sw"], "split_seed": 0}
         found |= {"lr": LR[method], "epochs": 1, "batch_questions": 4, "candidates": 2}
-        found["score"], found["beta"] = "sum", 0.1 if method in ("dpo", "calm") else 1.0
+        found["score"] = "sum"
+        found["beta"] = 0.1 if method in ("dpo", "calm") else 1.0  # as usual: the paper gives none
         found["pairs_per_question"] = 7 if xcsqa and method in ("dco", "dpo") else 1  # App. H
         if not self.model:  # a tiny model takes more steps, and thirty times the paper's rate
             found |= {"lr": 30 * LR[method], "epochs": 11, "batch_questions": 8}
@@ -524,7 +525,7 @@ def progress(steps: Iterable, desc: str, total: int, done: int = 0) -> tqdm:
 
 # ------------------------------------------------------------------------------ loading and scoring
 def load_splits(config: Config) -> rankc.Splits:
-    """The questions of "train" and "test"; an empty split is left out."""
+    """The questions of "train" and "test"; an empty split is left out. Raises InputError."""
     questions, kind = data.load(config.data, config.langs, print0), config.data.partition(":")[0]
     number, subjects = config.train_questions, (config.train_subjects, config.test_subjects)
     if number is None and not config.train_subjects:
@@ -546,12 +547,15 @@ def load_splits(config: Config) -> rankc.Splits:
 
 
 # What transformers lets through of a damaged folder.
-WRONG = OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError
-WRONG += (SafetensorError,)
+UNREADABLE = OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError
+UNREADABLE += (SafetensorError,)
 
 
 def load_model(config: Config, device: torch.device) -> tuple[nn.Module, Any]:
-    """The model, in the asked number format and with dropout off, and its tokenizer."""
+    """The model, in the asked number format and with dropout off, and its tokenizer.
+
+    Raises InputError where no causal language model can be loaded.
+    """
     name, remote = config.model, {"trust_remote_code": config.trust_remote_code}
     try:
         settings = transformers.AutoConfig.from_pretrained(name, **remote)
@@ -567,12 +571,10 @@ def load_model(config: Config, device: torch.device) -> tuple[nn.Module, Any]:
             raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
     except torch.OutOfMemoryError:
         raise
-    except WRONG as error:
+    except UNREADABLE as error:
         where = "" if Path(name).is_dir() else " (there is no such folder)"
-        form = (
-            "wanted is a folder or hub name with config.json, tokenizer and .safetensors (.bin may"
-        )
-        form += " run code, and GGUF is not read)"
+        form = "wanted is a folder or hub name with config.json, tokenizer and .safetensors"
+        form += " (.bin may run code, and GGUF is not read)"
         wrong = f"--model {name}{where}: no causal language model can be loaded from it"
         raise InputError(f"{wrong}; {form}. {error!r}") from error
     model.requires_grad_(False)  # no text reaches what is for pictures, as Gemma 3's vision tower
@@ -582,7 +584,10 @@ def load_model(config: Config, device: torch.device) -> tuple[nn.Module, Any]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """FSDP2: a process holds its share of each weight, gathered where a layer computes."""
+    """FSDP2: a process holds its share of each weight, gathered where a layer computes.
+
+    Raises InputError where no layers are found.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
 
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
@@ -676,7 +681,10 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Any, state: dict) -> None:
-    """Write step-N/, each process its own shards as safetensors, and keep the last two."""
+    """Write step-N/, each process its own shards as safetensors, and keep the last two.
+
+    Raises OSError, and leaves the others as they are, where the disk is full.
+    """
     path, rank = folder / f"step-{state['step']}", dist.get_rank()
     part = path.with_name(path.name + ".part")
     if rank == 0:
@@ -709,7 +717,10 @@ def cause(error: BaseException) -> BaseException:
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> dict:
-    """Restore the newest checkpoint on any number of processes, sharded or not; {} without one."""
+    """Restore the newest checkpoint on any number of processes, sharded or not; {} without one.
+
+    Raises InputError, naming it, where it is damaged or of another model.
+    """
     if not (steps := saved_steps(folder)):
         return {}
     path = folder / f"step-{steps[-1]}"
@@ -735,7 +746,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, scheduler: A
 
 
 def load_or_compute(path: Path, shapes: dict, compute: Callable[[], dict]) -> dict[str, Tensor]:
-    """The tables of these shapes in a safetensors file; computed and saved if it is absent."""
+    """The tables of these shapes in a safetensors file; computed and saved if it is absent.
+
+    Raises InputError where the file is damaged, or of other questions.
+    """
     if path.exists():
         try:
             tables = load_file(path)
@@ -757,7 +771,10 @@ def load_or_compute(path: Path, shapes: dict, compute: Callable[[], dict]) -> di
 
 
 def choose_folder(config: Config) -> tuple[Path, bool]:
-    """--out, or the first free one of runs/1, runs/2, ...; and whether it holds a run to resume."""
+    """--out, or the first free one of runs/1, runs/2, ...; and whether it holds a run to resume.
+
+    Raises InputError for a folder that holds something else, or a run of other settings.
+    """
     free = (str(path) for n in count(1) if not (path := Path("runs", str(n))).exists())
     chosen = [config.out or next(free)]
     dist.broadcast_object_list(chosen)  # of rank 0
@@ -794,7 +811,7 @@ def begin(out: Path, config: Config, done: int) -> None:
 
 
 def save_model(model: nn.Module, tokenizer: Any, out: Path) -> None:
-    """The model as a Hugging Face folder."""
+    """The model as a Hugging Face folder. Raises OSError where the disk is full."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors = get_model_state_dict(model, options=options)  # {} but on rank 0
     if dist.get_rank() == 0:
@@ -892,9 +909,10 @@ def changes(questions: list[Question], base: Tensor, trained: Tensor, langs: lis
     """The first few questions some of whose answers changed: before and after in every language."""
     lines, before, after = [], base.argmax(-1), trained.argmax(-1)  # (Q, L)
     for q in (before != after).any(1).nonzero()[:4, 0].tolist():
-        question, first, gold = questions[q], langs[0], questions[q].gold
-        right = "not known" if gold is None else question.answers[first][gold].strip()
-        lines += [f"  {question.prompts[first].strip().partition(chr(10))[0]} ... right: {right}"]
+        question, gold = questions[q], questions[q].gold
+        right = "not known" if gold is None else question.answers[langs[0]][gold].strip()
+        prompt = question.prompts[langs[0]].strip().partition("\n")[0]
+        lines += [f"  {prompt} ... right: {right}"]
         for i, lang in enumerate(langs):
             old, new = (question.answers[lang][best[q, i]].strip() for best in (before, after))
             lines += [f"    {lang}  {old}" + f"  ->  {new}" * (old != new)]
@@ -944,9 +962,11 @@ def main() -> None:
     lap("load")
 
     def score_splits(desc):
-        ids = {name: [question.id for question in part] for name, part in splits.items()}
-        each = ((name, trees[name], config, packed, f"{desc} {name}", ids[name]) for name in splits)
-        return {name: score(model, *arguments) for name, *arguments in each}
+        tables = {}
+        for name, rows in trees.items():
+            ids = [question.id for question in splits[name]]
+            tables[name] = score(model, rows, config, packed, f"{desc} {name}", ids)
+        return tables
 
     def ranked(sums):  # what --score ranks answers by
         if config.score == "sum":

@@ -134,7 +134,7 @@ def test_code_in_the_answers_of_a_run_does_not_run(tmp_path, trap):
     (tmp_path / "log.jsonl").write_text("")
     for name in ("run.json", "metrics.json", "answers.jsonl"):
         (tmp_path / name).write_bytes(pickle.dumps(Payload(trap[1])))
-    assert "is not a whole run" in launch("rankc.py", tmp_path, fails=True)
+    assert "is not of a whole run" in launch("rankc.py", tmp_path, fails=True)
 
 
 def test_no_file_of_ours_can_run_what_it_reads():

@@ -401,10 +401,10 @@ def test_bases_that_score_otherwise_are_told(tmp_path, scored):
 @pytest.mark.parametrize(
     "file, text, message",
     [
-        ("run.json", "{", "not a whole run of train.py: JSONDecodeError"),
-        ("run.json", "{}", "not a whole run of train.py: KeyError"),
-        ("answers.jsonl", "", "answers.jsonl has 0 of 40 questions"),
-        ("answers.jsonl", "{}\n{\n", "JSONDecodeError.*: line 2 col"),
+        ("run.json", "{", "run.json is not of a whole run of train.py: JSONDecodeError"),
+        ("run.json", "{}", "not of a whole run of train.py: KeyError"),
+        ("answers.jsonl", "", "answers.jsonl is not .* has 0 of 40 questions"),
+        ("answers.jsonl", "{}\n{\n", "answers.jsonl is not .* JSONDecodeError.*: line 2 col"),
     ],
 )
 def test_a_damaged_run_is_named(tmp_path, scored, file, text, message):

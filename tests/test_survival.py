@@ -139,9 +139,11 @@ def test_a_signal_to_one_process_lets_all_finish_the_step_save_and_leave(
     assert_equal(out, undisturbed(processes))
 
 
-def test_a_signal_outside_the_steps_ends_the_run_at_once_with_a_message(world, tmp_path):
+@pytest.mark.parametrize("before", ["slowly", "slowly_told"])
+def test_a_signal_outside_the_steps_ends_the_run_at_once_with_a_message(world, tmp_path, before):
+    """Also where more follow, as a terminal and torchrun both send one."""
     more = ("--max_tokens", 1, "--langs", "en", "es", "fr")
-    started = fork("train.py", command(world, tmp_path / "out", *more), before=slowly)
+    started = fork("train.py", command(world, tmp_path / "out", *more), before=globals()[before])
     until(lambda: (tmp_path / "out" / "run.json").exists())
     os.kill(started[0][0].pid, signal.SIGTERM)
     (status,), text = wait(started)
@@ -149,18 +151,8 @@ def test_a_signal_outside_the_steps_ends_the_run_at_once_with_a_message(world, t
     assert "Traceback" not in text and not lines(tmp_path / "out")
 
 
-def test_a_second_signal_while_the_run_ends_does_no_harm(world, tmp_path):
-    """A terminal and torchrun both send one."""
-    more = ("--max_tokens", 1, "--langs", "en", "es", "fr")
-    started = fork("train.py", command(world, tmp_path / "out", *more), before=slowly_told)
-    until(lambda: (tmp_path / "out" / "run.json").exists())
-    os.kill(started[0][0].pid, signal.SIGINT)
-    (status,), text = wait(started)
-    assert status == 130 and "Traceback" not in text, text
-
-
 def slowly_told():
-    """Each line takes a while, in which another signal comes."""
+    """Two more signals come while the last line is written."""
     import train
 
     slowly()
