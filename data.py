@@ -128,11 +128,13 @@ def encode(
         blanks = sorted({"", *(answer[: -len(answer.lstrip())] for answer in answers)})
         texts += [prompt + more for more in (*blanks, *answers)]
         asked.append((f"question {question.id!r}, {lang!r}", len(blanks), len(answers)))
-    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    # a chat template may have begun the prompt with BOS already
+    ids = (text if text[:1] == bos else bos + text for text in encoded)
     trees = []
     for where, blanks, K in asked:
-        empty = [bos + next(ids) for _ in range(blanks)]  # the prompt, also with spaces after it
-        texts = [bos + next(ids) for _ in range(K)]
+        empty = [next(ids) for _ in range(blanks)]  # the prompt, also with spaces after it
+        texts = [next(ids) for _ in range(K)]
         if dropped := [k for k, text in enumerate(texts) if text in empty]:
             lost = "has no token of its own: the tokenizer drops its characters"
             raise InputError(f"{where}: answer {dropped[0]} {lost}")

@@ -33,9 +33,9 @@ try:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from torch import Tensor, nn
+    from torch.distributed import fsdp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     from torch.nn.utils.rnn import pad_sequence
     from tqdm import tqdm
@@ -53,7 +53,7 @@ LR = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
 OF_THE_RUN += "train_subjects test_subjects"
 # Settings that may change where a run is resumed: they move nothing but rounding.
-FREE = "out resume save_every max_tokens gradient_checkpointing shard device timeout"
+FREE = "out resume save_every max_tokens gradient_checkpointing shard offload device timeout"
 UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
     "candidates grad_clip gradient_checkpointing save_every",
@@ -102,10 +102,15 @@ class Config:
     split_seed: int | None = opt(None, "seed of the split (default: 0)")
     score: Literal["sum", "mean"] | None = opt(None, "rank by answers' log-probs, or their mean")
     max_tokens: int = opt(2048, "tokens fed at once; lower it where memory runs out")
-    dtype: Literal["float32", "bfloat16"] = opt("float32", "of weights; bfloat16 hardly moves them")
-    device: Literal["cpu", "cuda"] | None = opt(None, "default: cuda where there is one")
+    dtype: Literal["float32", "bfloat16"] | None = opt(
+        None, "of matrix products; weights stay float32 (default: bfloat16 on cuda, else float32)"
+    )
+    device: Literal["cpu", "cuda"] | None = opt(
+        None, "default: cuda where there is one and a --model"
+    )
     gradient_checkpointing: bool = opt(False, "less memory, more time: activations twice")
     shard: bool = opt(False, "FSDP2: split weights, gradients and moments over processes")
+    offload: bool = opt(False, "--shard, and keep them in the machine's memory: slow, little GPU")
     save_every: int = opt(250, "steps between checkpoints, the last two of which stay; 0: none")
     resume: bool = opt(False, "continue the run in --out, or begin it: safe to leave on")
     timeout: float = opt(60.0, "minutes to wait for another process before giving up")
@@ -119,6 +124,10 @@ class Config:
         found |= {"data": "atlas", "langs": ["en", "fr", "es", "sw"], "split_seed": 0}
         found |= {"lr": LR[method], "epochs": 1, "batch_questions": 4, "candidates": 2}
         found["score"] = "sum"
+        found["device"] = "cuda" if self.model and torch.cuda.is_available() else "cpu"
+        on_gpu = "cuda" in (self.device or found["device"])
+        found |= {"dtype": "bfloat16" if on_gpu else "float32"}
+        object.__setattr__(self, "shard", self.shard or self.offload)
         found["beta"] = 0.1 if method in ("dpo", "calm") else 1.0  # as usual: the paper gives none
         found["pairs_per_question"] = 7 if xcsqa and method in ("dco", "dpo") else 1  # App. H
         if not self.model:  # a tiny model takes more steps, and thirty times the paper's rate
@@ -287,7 +296,7 @@ def train(
     Begins at the newest checkpoint in `folder`, and saves the step after SIGTERM or Ctrl-C. Raises
     FloatingPointError for a step that is not finite, before it is taken.
     """
-    world, device = dist.get_world_size(), next(model.parameters()).device
+    world, device = dist.get_world_size(), torch.device(config.device)
     model.train()  # for checkpointing; load_model has put dropout at zero
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -303,26 +312,28 @@ def train(
         for step, items in enumerate(steps, done + 1):
             ref = torch.stack([item.ref_logps for item in items])  # (B, L, K)
             r_align = torch.stack([item.r_align for item in items])  # (B, L, K)
-            targets = torch.stack([ref, r_align]).to(device)
-            logps, losses = torch.zeros_like(targets[0]), torch.zeros_like(targets[0, ..., 0])
-            for b, i, batch, weight in local_microbatches(model, items, config, packed):
+            (b, i), batches_here = local_microbatches(model, items, config, packed)
+            targets = dco.send(torch.stack([ref, r_align])[:, b, i], device)  # (2, rows, K)
+            results = torch.zeros(len(b), 1 + ref.shape[-1], device=device)  # loss and logps
+            for rows, batch, weight in batches_here:
                 with mixed:
                     got = dco.completion_logps(model, batch, packed)  # (T, K)
                 K = got.shape[-1]
-                loss = language_loss(got, *targets[:, b, i, :K], config)  # (T,)
+                loss = language_loss(got, *targets[:, rows, :K], config)  # (T,)
                 (weight * loss.sum()).backward()
                 if weight:
-                    logps[b, i, :K], losses[b, i] = got.detach(), loss.detach()
+                    results[rows, 0], results[rows, 1 : K + 1] = loss.detach(), got.detach()
             sum_gradients(weights, config)
             norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or torch.inf)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            reduced = torch.cat([losses.flatten(), logps.flatten(), losses.new_tensor(flags)])
+            reduced = torch.cat([results.flatten(), dco.send(torch.tensor(flags), device)])
             if world > 1:
                 dist.all_reduce(reduced)  # each entry is zero but on one process
-            reduced = torch.cat([reduced, norm.view(1)]).cpu()  # the one wait for a GPU in a step
-            sizes = losses.numel(), logps.numel(), 1, 1, 1
-            losses, logps, terminated, interrupted, norm = reduced.split(sizes)
-            losses, logps = losses.view(ref.shape[:2]), logps.view(ref.shape)
+            reduced = torch.cat([reduced, norm.view(1).to(device)]).cpu()  # the one wait for a GPU
+            *_, terminated, interrupted, norm = reduced
+            losses, logps = torch.zeros(ref.shape[:2]), torch.zeros(ref.shape)  # (B, L), (B, L, K)
+            values = reduced[:-3].view(results.shape)
+            losses[b, i], logps[b, i] = values[:, 0], values[:, 1:]
             if not (losses.isfinite().all() and norm.isfinite()):
                 raise diverged(step, items, losses)
             lr = scheduler.get_last_lr()[0]
@@ -344,19 +355,24 @@ def train(
     return tokens
 
 
-def local_microbatches(model: nn.Module, items: list, config: Config, packed: bool) -> Iterator:
-    """Of each micro-batch of this process: items b, languages i, their rows packed, the weight."""
+def local_microbatches(model: nn.Module, items: list, config: Config, packed: bool) -> tuple:
+    """Item b and language i of every row of the step; and of each micro-batch of this process
+    which of these rows it holds, the rows packed, and their weight."""
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = [assign_microbatches(items, config, packed, each, world) for each in range(world)]
+    order = [row for each in groups for group in each for row in group]
+    first = sum(len(group) for each in groups[:rank] for group in each)
     # FSDP gathers a layer's weights on all processes at once: all feed as often, some a row of
     # weight zero; and it takes the mean over processes, where the loss is a sum.
     idle = max(map(len, groups)) - len(groups[rank]) if config.shard else 0
+    found, width = [], model.config.get_text_config().hidden_size
     for rows in groups[rank] + [[]] * idle:
         weight = (world if config.shard else 1) / len(items) if rows else 0.0
-        rows = rows or [(0, items[0].trained[0])]
-        trees = [items[b].trees[i] for b, i in rows]
-        batch = dco.pack(trees, model.config.get_text_config().hidden_size, packed)
-        yield *zip(*rows, strict=True), batch, weight
+        trees = [items[b].trees[i] for b, i in rows or order[:1]]
+        batch = dco.pack(trees, width, packed, torch.device(config.device))
+        found.append((slice(first, first + len(trees)) if rows else slice(1), batch, weight))
+        first += len(rows)
+    return torch.tensor(order).T, found
 
 
 def assign_microbatches(items: list, config: Config, packed: bool, rank: int, world: int) -> list:
@@ -421,12 +437,13 @@ CONTINUE = "; the same command with --resume continues from the last checkpoint"
 
 def init_distributed(config: Config) -> torch.device:
     """Join the process group that torchrun's environment describes, or make one of one process."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = device if config.model else "cpu"
-    if device == "cuda":
+    device = torch.device(config.device)
+    if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this torch sees no GPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # for the head: finer than bfloat16, and much faster than float32
+        torch.backends.cuda.matmul.allow_tf32 = config.dtype == "bfloat16"
     else:
         reuse_memory()
     transformers.utils.logging.disable_progress_bar()  # one bar at a time
@@ -436,9 +453,11 @@ def init_distributed(config: Config) -> torch.device:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         # torch's store outlives a restart, and would send workers to those of before it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # --offload is on both
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
-    return torch.device(device)
+    if config.offload and device.type == "cpu":
+        print0("--offload: without a GPU it does what --shard does")
+    return device
 
 
 def reuse_memory() -> None:
@@ -500,7 +519,7 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:  # gloo and the CPU's allocator have no classes of their own
         text = str(error).partition("\n")[0]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            less = "lower --max_tokens, take --gradient_checkpointing or --shard"
+            less = "lower --max_tokens; take --gradient_checkpointing, --shard or --offload"
             end(f"out of memory; {less}{CONTINUE}. {text}")
         elif isinstance(error, dist.DistError) or re.search("gloo|pair closure", str(error)):
             lost = "lost the other processes, of which one ended, or the network failed"
@@ -551,12 +570,17 @@ UNREADABLE = OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeEr
 UNREADABLE += (SafetensorError,)
 
 
-def load_model(config: Config, device: torch.device) -> tuple[nn.Module, Any]:
-    """The model, in the asked number format and with dropout off, and its tokenizer.
+def load_model(config: Config) -> tuple[nn.Module, Any]:
+    """The model in float32, with dropout off, and its tokenizer.
 
+    Rank 0 alone reads the weights: elsewhere they are on `meta` until `distribute` sends them.
     Raises InputError where no causal language model can be loaded.
     """
     name, remote = config.model, {"trust_remote_code": config.trust_remote_code}
+    adapters = Path(name, "adapter_config.json").is_file()
+    if adapters and not Path(name, "config.json").is_file():
+        merge = "merge them into their model first (peft's merge_and_unload), and name the result"
+        raise InputError(f"--model {name} holds adapters alone; {merge}")
     try:
         settings = transformers.AutoConfig.from_pretrained(name, **remote)
         for part in (settings, settings.get_text_config()):
@@ -564,10 +588,15 @@ def load_model(config: Config, device: torch.device) -> tuple[nn.Module, Any]:
                 if "drop" in key and isinstance(value, float):
                     setattr(part, key, 0.0)  # else policy and reference differ at step 0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
-        how = {"config": settings, "dtype": getattr(torch, config.dtype), "use_safetensors": True}
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        model, found = load(name, output_loading_info=True, **how, **remote)
-        if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        auto, how = transformers.AutoModelForCausalLM, {"dtype": torch.float32, **remote}
+        if dist.get_rank() > 0:
+            with torch.device("meta"):
+                model, missing = auto.from_config(settings, **how), []
+        else:
+            how |= {"config": settings, "use_safetensors": True, "output_loading_info": True}
+            model, found = auto.from_pretrained(name, **how)
+            missing = sorted(found["missing_keys"])  # transformers would draw them at random
+        if missing:
             raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
     except torch.OutOfMemoryError:
         raise
@@ -580,29 +609,75 @@ def load_model(config: Config, device: torch.device) -> tuple[nn.Module, Any]:
     model.requires_grad_(False)  # no text reaches what is for pictures, as Gemma 3's vision tower
     for part in (model.get_decoder(), model.get_output_embeddings()):
         part.requires_grad_(True)
-    return model.to(device), tokenizer
+    return model, tokenizer
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
-    """FSDP2: a process holds its share of each weight, gathered where a layer computes.
+def distribute(model: nn.Module, config: Config, device: torch.device) -> None:
+    """Give every process rank 0's weights on its device; with --shard (FSDP2) its share of each.
 
-    Raises InputError where no layers are found.
+    A share is gathered where a layer computes. Raises InputError where no layers are found.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
 
+    rank = dist.get_rank()
+
+    def receive(modules):
+        for module in modules:
+            place = torch.empty_like if rank else Tensor.to  # rank 0 has what it sends
+            module._apply(partial(place, device=device), recurse=False)
+        model.tie_weights()  # a weight that two modules had was placed twice
+        own = (t for m in modules for t in (*m.parameters(False), *m.buffers(False)))
+        for tensor in {id(t): t for t in own}.values():
+            dist.broadcast(tensor.detach(), 0)
+
+    if not config.shard:
+        return receive([*model.modules()])
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
         name = type(model).__name__
         raise InputError(f"--shard: {name} has no decoder layers that transformers knows as such")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (*layers, model):  # the root, too, else it stays gathered after an evaluation
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    how = {"mesh": mesh, "reshard_after_forward": True, "offload_policy": fsdp.OffloadPolicy()}
+    if config.offload:
+        how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    mixed = fsdp.MixedPrecisionPolicy()
+    if config.dtype == "bfloat16":  # autocast would keep a copy of each weight
+        mixed = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    inside = {module for layer in layers for module in layer.modules()}
+    for layer in layers:  # one after the other: no process but rank 0 ever has the whole model
+        receive([*layer.modules()])
+        fsdp.fully_shard(layer, mp_policy=mixed, **how)
+    receive([module for module in model.modules() if module not in inside])
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[0].weight is not ends[1].weight:  # else both are the root's
+        for part in ends:
+            fsdp.fully_shard(part, **how)
+    fsdp.fully_shard(model, **how)  # in float32: the head's logits
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """bfloat16 matrix products over float32 weights on CUDA; elsewhere in the weights' format."""
-    enabled = device.type == "cuda" and config.dtype == "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """bfloat16 products over float32 weights; without its cache, a second copy of the model."""
+    enabled = config.dtype == "bfloat16" and not config.shard  # there FSDP converts
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+@contextmanager
+def gathered(model: nn.Module, config: Config) -> Iterator[None]:
+    """While it lasts, a sharded model stays whole between batches, where half its room is left."""
+    parts = [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
+    size = sum(w.numel() for w in model.parameters()) * (2 if config.dtype == "bfloat16" else 4)
+    if config.device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // dist.get_world_size()
+    fits = torch.tensor(float(free > 2 * size), device=config.device)
+    dist.all_reduce(fits, dist.ReduceOp.MIN)  # all gather alike, or they would wait forever
+    for part in parts:
+        part.set_reshard_after_forward(not fits)
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(True)
+        part.reshard()
 
 
 @torch.no_grad()
@@ -615,18 +690,20 @@ def score(
     """
     model.eval()
     flat = [tree for row in trees for tree in row]
-    rank, world, device = dist.get_rank(), dist.get_world_size(), next(model.parameters()).device
+    rank, world, device = dist.get_rank(), dist.get_world_size(), torch.device(config.device)
+    width = model.config.get_text_config().hidden_size
     groups = data.batches(flat, config.max_tokens, packed)
     sizes = torch.tensor([len(tree.branches) for tree in flat])
     missing = torch.arange(int(sizes.max())) >= sizes[:, None]  # (trees, K)
     table = torch.zeros(missing.shape, device=device)
     rounds = range(rank, -(-len(groups) // world) * world, world)  # FSDP: as many for every process
-    for n in progress(rounds, desc, len(rounds)):
-        group = groups[min(n, len(groups) - 1)]
-        with autocast(config, device):
-            logps = dco.completion_logps(model, [flat[t] for t in group], packed)
-        if n < len(groups):
-            table[group, : logps.shape[1]] = logps
+    with gathered(model, config), autocast(config, device):
+        for n in progress(rounds, desc, len(rounds)):
+            group = groups[min(n, len(groups) - 1)]
+            batch = dco.pack([flat[t] for t in group], width, packed, device)
+            logps = dco.completion_logps(model, batch, packed)
+            if n < len(groups):
+                table[dco.send(torch.tensor(group), device), : logps.shape[1]] = logps
     table.masked_fill_(missing.to(device), 0.0)
     if world > 1:
         dist.all_reduce(table)  # a row is zero but on the process that scored it
@@ -872,8 +949,6 @@ def embedded_model(config: Config, known: bool) -> tuple[nn.Module, Any]:
         scheduler.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=loss.item(), refresh=False)
-    for weight in model.parameters():
-        dist.broadcast(weight.detach(), 0)
     return model, tokenizer
 
 
@@ -884,10 +959,9 @@ def describe(
     """What is about to be done, and an example in two languages as the model will see it."""
     weights = [*model.parameters()]
     size, trained = (sum(w.numel() for w in weights if w.requires_grad >= x) for x in (False, True))
-    device = weights[0].device.type
-    mixed = ", bfloat16 autocast" * (device == "cuda" and config.dtype == "float32")
-    where = f"{config.dtype}{mixed}, on {dist.get_world_size()} x {device}"
-    lines = [f"{size:,} parameters, {trained:,} trained, {where}{', sharded' * config.shard}"]
+    where = f"computed in {config.dtype}, on {dist.get_world_size()} x {config.device}"
+    where += ", sharded" * config.shard + ", offloaded" * config.offload
+    lines = [f"{size:,} parameters, {trained:,} trained, {where}"]
     parts = ", ".join(f"{len(part)} questions to {name}" for name, part in splits.items())
     lines += [f"{config.data} in {' '.join(config.langs)}: {parts}"]
     if not config.eval_only:
@@ -938,16 +1012,16 @@ def main() -> None:
     splits, done = load_splits(config), max(saved_steps(folder), default=0)
     print0(f"loading {config.model or 'the embedded model'}; what is written goes to {out}")
     if config.model:
-        model, tokenizer = load_model(config, "cpu" if config.shard else device)
+        model, tokenizer = load_model(config)
     else:
         known = done > 0 and (folder / "reference.safetensors").exists()
         model, tokenizer = embedded_model(config, known)
-    if config.shard:
-        shard(model, device)
+    distribute(model, config, device)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     trees = {s: data.encode(tokenizer, part, langs, context) for s, part in splits.items()}
     every = [tree for rows in trees.values() for row in rows for tree in row]
-    packed = dco.packs_exactly(model, [max(every, key=Tree.tokens), every[0]])
+    some = [max(every, key=Tree.tokens), every[0]]
+    packed = dco.packs_exactly(model, some, autocast(config, device))
     if not packed:
         found = "this model does not score packed questions as it scores separate ones"
         print0(f"warning: {found}; scoring each answer apart, which is slower")

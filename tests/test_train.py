@@ -489,7 +489,7 @@ def test_bad_settings_end_with_a_message_and_leave_nothing(world, tmp_path, argu
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_is_found_by_its_hub_name(world, tmp_path, monkeypatch):
+def test_a_model_is_found_by_its_hub_name(world, tmp_path, monkeypatch, process_group):
     """In a cache laid out as the hub's client lays it out, for no test may need the network."""
     import huggingface_hub
 
@@ -500,7 +500,7 @@ def test_a_model_is_found_by_its_hub_name(world, tmp_path, monkeypatch):
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    model, tokenizer = train.load_model(train.Config(model="some-org/some-model"), "cpu")
+    model, tokenizer = train.load_model(train.Config(model="some-org/some-model"))
     assert model.config.hidden_size == 32 and len(tokenizer) == model.config.vocab_size
 
 
