@@ -622,8 +622,8 @@ def distribute(model: nn.Module, config: Config, device: torch.device) -> None:
     rank = dist.get_rank()
 
     def receive(modules):
-        for module in modules:
-            place = torch.empty_like if rank else Tensor.to  # rank 0 has what it sends
+        place = torch.empty_like if rank else Tensor.to  # rank 0 has what it sends
+        for module in modules if rank or device.type != "cpu" else []:
             module._apply(partial(place, device=device), recurse=False)
         model.tie_weights()  # a weight that two modules had was placed twice
         own = (t for m in modules for t in (*m.parameters(False), *m.buffers(False)))
@@ -1021,7 +1021,8 @@ def main() -> None:
     trees = {s: data.encode(tokenizer, part, langs, context) for s, part in splits.items()}
     every = [tree for rows in trees.values() for row in rows for tree in row]
     some = [max(every, key=Tree.tokens), every[0]]
-    packed = dco.packs_exactly(model, some, autocast(config, device))
+    computed = getattr(torch, config.dtype if config.shard else "float32")
+    packed = dco.packs_exactly(model, some, autocast(config, device), computed)
     if not packed:
         found = "this model does not score packed questions as it scores separate ones"
         print0(f"warning: {found}; scoring each answer apart, which is slower")

@@ -17,12 +17,14 @@ each the best of five, by that of forward (and backward). Instead of that:
 
     --processes step with 2 processes of one thread against one process of one thread
     --scale     the measures for 17 languages and 100,000 questions; a million questions to load
-    --memory    what a process needs in training, beside the formula of `need`; GPUs by formula
+    --memory    what a step takes on GPUs, traced on fake tensors; the trace beside the real thing
+    --precision what bfloat16 costs and gives, in a --model's scores of --data
     --largest   the most tokens at once that fit a GPU
 """
 
 import argparse
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -31,16 +33,21 @@ import socket
 import sys
 import tempfile
 import time
+import weakref
 from collections import Counter, namedtuple
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
-from itertools import count, islice, pairwise, repeat
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 from statistics import mean, median
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -60,7 +67,12 @@ SIZES = {  # layers, heads, heads of keys, width, feed-forward width, vocabulary
     "3B": ("qwen2", 36, 16, 2, 2048, 11008, 151936, True),
     "7B": ("qwen2", 28, 28, 4, 3584, 18944, 152064, False),
     "14B": ("qwen2", 48, 40, 8, 5120, 13824, 152064, False),
+    "8B": ("llama", 32, 32, 8, 4096, 14336, 128256, False),  # Llama 3.1
+    "4B": ("gemma3", 34, 8, 4, 2560, 10240, 262208, True),  # these two: Gemma 3 with its tower
+    "12B": ("gemma3", 48, 16, 8, 3840, 15360, 262208, True),
 }
+TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
+TOWER |= {"num_attention_heads": 16, "image_size": 896, "patch_size": 14}
 Shape = namedtuple("Shape", "layers d f V products layer root")  # products: widths in and out
 
 
@@ -75,15 +87,18 @@ def shape_of(model) -> Shape:
     return Shape(config.num_hidden_layers, d, f, V, products, layer, root)
 
 
-def random_model(size: str, device: str, dtype: str = "float32"):
+def random_model(size: str, device: str):
     from transformers import AutoConfig, AutoModelForCausalLM  # slow to import
 
     names = "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"
     names += "intermediate_size", "vocab_size", "tie_word_embeddings"
     kind, *numbers = SIZES[size]
-    config = AutoConfig.for_model(kind, **dict(zip(names, numbers, strict=True)))
+    settings = dict(zip(names, numbers, strict=True))
+    if kind == "gemma3":
+        settings = {"text_config": {**settings, "head_dim": 256}, "vision_config": TOWER}
+    config = AutoConfig.for_model(kind, **settings)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def prepare(arguments, shape: str):
@@ -94,9 +109,10 @@ def prepare(arguments, shape: str):
     config = train.Config(**{"epochs": 10**6, **given, "model": given["model"] or arguments.size})
     number = max(16, config.batch_questions * (arguments.repeat + 1))
     if arguments.model:
-        model, tokenizer = train.load_model(config, torch.device(config.device))
+        model, tokenizer = train.load_model(config)
+        model.to(config.device)
     else:
-        model = random_model(arguments.size, config.device, config.dtype)
+        model = random_model(arguments.size, config.device)
     if arguments.data:
         questions = data.split(data.load(config.data, config.langs), number, 0, 0)[0]
         trees = data.encode(tokenizer, questions, config.langs)
@@ -324,7 +340,7 @@ def show(arguments, title: str, size: Shape, found: dict[str, list[Counter]]) ->
     if trained := spent[1] > 0:
         shares = zip([*parts, "everything else"], [*spent, whole - sum(spent)], strict=True)
         print("  parts   ", ", ".join(f"{part} {x:.3f} s ({x / whole:.1%})" for part, x in shares))
-    dtype = torch.bfloat16 if arguments.device == "cuda" else getattr(torch, arguments.dtype)
+    dtype = getattr(torch, arguments.dtype)
     floors, trees = [], [turn["trees"] for turn in mine]
     for some in trees if trained else trees[:1]:  # what is judged is the same in every turn
         groups = [[some[i] for i in group] for group in data.batches(some, arguments.max_tokens)]
@@ -337,23 +353,8 @@ def show(arguments, title: str, size: Shape, found: dict[str, list[Counter]]) ->
     )
 
 
-def need(shape: Shape, processes: int, shard: bool, tokens: int, scored: int, size: int) -> int:
-    """Bytes of one process, with --gradient_checkpointing; `size` bytes a weight.
-
-    Weights, gradients and AdamW's two moments are 4 numbers a parameter. Sharded, a process holds
-    1 / processes of them, and whole, weights and gradients: of the embeddings and the head, and of
-    two layers, one at work and one on its way. Activations: a layer's input for each layer, one
-    layer at work, and logits, their exponentials and their gradient at the scored positions.
-    """
-    states = 4 * size * (shape.layers * shape.layer + shape.root)
-    if shard and processes > 1:
-        states = states // processes + 2 * size * (shape.root + 2 * shape.layer)
-    working = 8 * shape.d + 4 * shape.f
-    return states + 4 * tokens * (shape.layers * shape.d + working) + 12 * scored * shape.V
-
-
 def training(pipe, arguments, shape: str) -> None:
-    """What steps by train.train take: times, bytes, bytes by formula, tokens; None: no room.
+    """What steps by train.train take: times, bytes, the largest micro-batch; None: no room.
 
     Times of steps and, with --processes, of steps without the exchange, and of the exchange alone.
     """
@@ -362,31 +363,26 @@ def training(pipe, arguments, shape: str) -> None:
     device = train.init_distributed(train.Config(model="m", device=arguments.device))
     rank, world = dist.get_rank(), dist.get_world_size()
     model, _, items, config = prepare(arguments, shape)
-    parameters, size = sum(w.numel() for w in model.parameters()), shape_of(model)
-    each, before, fed = next(model.parameters()).element_size(), 0, []  # each: bytes of a weight
-    if config.shard:
-        train.shard(model, device)
+    parameters, before, fed = sum(w.numel() for w in model.parameters()), 0, []
+    train.distribute(model, config, device)
     if device.type == "cpu":  # what there is beside the weights; then VmHWM begins anew
-        before = room("VmRSS") - each * parameters // (world if config.shard else 1)
+        before = room("VmRSS") - 4 * parameters // (world if config.shard else 1)
         Path("/proc/self/clear_refs").write_text("5")
-
-    def note(_, __, given):
-        fed.append((given["input_ids"], given["logits_to_keep"]))
-
-    model.register_forward_pre_hook(note, with_kwargs=True)
+    pack = dco.pack
+    dco.pack = lambda *given: fed.append(pack(*given)) or fed[-1]
     try:
         times = [step_times(model, items, arguments.repeat, config)]
     except torch.OutOfMemoryError:
         return pipe.send(None)
     used = room() - before
-    tokens, scored = max((ids.numel(), len(ids) * len(kept)) for ids, kept in fed)
+    largest = max(fed, key=lambda batch: batch.token.numel())
     if arguments.processes:
         train.sum_gradients = lambda *_: None  # each process for itself
         times.append(step_times(model, items, arguments.repeat, config))
         gradients = torch.zeros(parameters, device=device)
         times.append([seconds(lambda: dist.all_reduce(gradients)) for _ in range(4)][1:])
     if rank == 0:
-        pipe.send((times, used, need(size, world, config.shard, tokens, scored, each), tokens))
+        pipe.send((times, used, largest))
 
 
 def step_times(model, items, number: int, config: train.Config) -> list[float]:
@@ -414,25 +410,156 @@ def processes(arguments, shape: str) -> None:
     )
 
 
+class Live(TorchDispatchMode):
+    """Bytes of the storages that are alive under it: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.operations, self.most = weakref.WeakKeyDictionary(), 0, 0
+        self.elsewhere = lambda: ()  # tensors that do not count
+
+    def now(self) -> int:
+        apart = {tensor.untyped_storage() for tensor in self.elsewhere()}
+        return sum(each.nbytes() for each in list(self.storages) if each not in apart)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(each, FakeTensor):
+                self.storages[each.untyped_storage()] = None
+        self.operations += 1
+        if self.operations % 4 == 0:
+            self.most = max(self.most, self.now())
+        return out
+
+
+def trace(size: str, world: int, config: train.Config, batch: dco.Pack) -> tuple[int, int, int]:
+    """Bytes of one of so many processes: weights and moments; with them the peak of a micro-batch's
+    forward pass, and of its backward pass and the update.
+
+    The real model, sharding, compute precision and checkpointing, on tensors without contents.
+    Under --offload what lies in the machine's memory does not count.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    mesh, init, device = train.init_device_mesh("cpu", (world,)), train.init_device_mesh, "cpu"
+    train.init_device_mesh = lambda *_: mesh
+    local = lambda x: getattr(x, "_local_tensor", x)  # noqa: E731
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with no_init_weights():
+            model = random_model(size, device).train()
+        model.requires_grad_(False)
+        for part in (model.get_decoder(), model.get_output_embeddings()):
+            part.requires_grad_(True)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        train.distribute(model, config, torch.device(device))
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=1e-5, weight_decay=0.0)
+        with (live := Live()):
+            for weight in model.parameters():
+                live.storages[local(weight).untyped_storage()] = None
+            for weight in weights:
+                moments = {name: torch.zeros_like(weight) for name in train.MOMENTS}
+                optimizer.state[weight] = {"step": torch.zeros(()), **moments}
+                live.storages |= {local(x).untyped_storage(): None for x in moments.values()}
+            if config.offload:
+                fixed = [local(x) for x in model.parameters()]
+                fixed += [local(optimizer.state[w][x]) for w in weights for x in train.MOMENTS]
+                live.elsewhere = lambda: (
+                    fixed + [local(w.grad) for w in weights if w.grad is not None]
+                )
+            live.most = 0
+            peaks = [live.now()]
+            with train.autocast(config, torch.device(device)):
+                logps = dco.completion_logps(model, batch)
+            peaks.append(live.most)
+            live.most = 0
+            targets = torch.zeros(2, *logps.shape)
+            train.language_loss(logps, *targets, config).sum().backward()
+            live.most = max(live.most, live.now())
+            peaks.append(live.most)
+    train.init_device_mesh = init
+    dist.destroy_process_group()
+    return tuple(peaks)
+
+
 def memory(arguments, shape: str) -> None:
-    """One process and two measured; then GPUs by formula."""
+    """One process and two, traced and measured; then the paper's models on GPUs, traced."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is given back
-    arguments.gradient_checkpointing = True
+    arguments.gradient_checkpointing, arguments.batch_questions, arguments.repeat = True, 12, 1
     for world, way in ((1, "replicate"), (2, "replicate"), (2, "shard")):
         arguments.shard = way == "shard"
-        _, used, formula, tokens = begin(training, arguments, shape, world=world).recv()
+        _, used, batch = begin(training, arguments, shape, world=world).recv()
+        config = train.Config(model="m", device="cpu", shard=arguments.shard,
+                              gradient_checkpointing=True)  # fmt: skip
+        *_, traced = trace(arguments.size, world, config, batch)
         print(
-            f"{shape}, {way} over {world}, {tokens} tokens at once: at most {used / 2**30:.2f} GiB "
-            f"a process, by formula {formula / 2**30:.2f}"
+            f"{arguments.size}, {shape}, {way} over {world}, {batch.token.numel()} tokens at once: "
+            f"{used / 2**30:.2f} GiB a process, traced {traced / 2**30:.2f}, {traced / used:.2f}"
         )
-    print("\nGPUs by formula, --shard --gradient_checkpointing, 2048 tokens at once, all scored")
-    for name in ("3B", "7B", "14B"):
-        size, found = shape_of(random_model(name, "meta")), []
-        for dtype, GB in (("float32", 40), ("float32", 80), ("bfloat16", 40), ("bfloat16", 80)):
-            each = 4 if dtype == "float32" else 2
-            fits = (n for n in count(1) if need(size, n, True, 2048, 2048, each) < 0.9e9 * GB)
-            found.append(f"{dtype} {GB} GB: {next(fits)}")
-        print(f"  Qwen2.5 {name:4} {'   '.join(found)}")
+    some = [data.Tree(list(range(1, 58)), [[5, 6, 7], [8, 9, 10, 11]]) for _ in range(32)]
+    print("\nGB of each GPU, --gradient_checkpointing, bfloat16 compute, 2,048 tokens at once:")
+    print("states, and with them the peak of forward, of backward; fits, with a tenth left free")
+    print(
+        "\n| | GPUs | states | forward | backward | fits |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    names = {"3B": "Qwen2.5 3B", "4B": "Gemma 3 4B", "7B": "Qwen2.5 7B", "8B": "Llama 3.1 8B",
+             "12B": "Gemma 3 12B", "14B": "Qwen2.5 14B"}  # fmt: skip
+    for size, name in names.items():
+        width = random_model(size, "meta").config.get_text_config().hidden_size
+        batch = dco.pack(some, width)
+        for world, flag in [
+            (1, "--offload"),
+            (1, ""),
+            (2, "--shard"),
+            (4, "--shard"),
+            (8, "--shard"),
+        ]:
+            settings = {"shard": flag == "--shard", "offload": flag == "--offload"}
+            config = train.Config(model="m", device="cpu", dtype="bfloat16", **settings,
+                                  gradient_checkpointing=True)  # fmt: skip
+            sizes = trace(size, world, config, batch)
+            fits = [f"{GB} GB" for GB in (24, 40, 80) if max(sizes) < 0.9e9 * GB]
+            told = " | ".join(f"{x / 1e9:.1f}" for x in sizes)
+            print(f"| {name} | {world} {flag} | {told} | {fits[0] if fits else 'none'} |")
+
+
+@contextmanager
+def bfloat16_logits(head):
+    yield
+
+
+def precision(arguments) -> None:
+    """Seconds, errors, ties and measures of a model's scores, by what it computes them in."""
+    os.environ.update(TQDM_DISABLE="1")
+    config = train.Config(model=arguments.model, data=arguments.data, langs=arguments.langs)
+    train.init_distributed(config)
+    model, tokenizer = train.load_model(config)
+    questions = data.split(data.load(config.data, config.langs), 0, arguments.batch_questions, 0)[1]
+    trees, exact = data.encode(tokenizer, questions, config.langs), None
+    gold = torch.tensor([question.gold for question in questions])
+    ways = {"float32": ("float32", dco.float32_logits)}
+    ways |= {"bfloat16, logits in float32": ("bfloat16", dco.float32_logits)}
+    ways |= {"bfloat16, logits, too": ("bfloat16", bfloat16_logits)}
+    print(f"{len(questions)} questions in {' '.join(config.langs)}")
+    for name, (dtype, dco.float32_logits) in ways.items():
+        settings, times = dataclasses.replace(config, dtype=dtype), []
+        for _ in range(arguments.repeat):
+            begun, scores = now(), train.score(model, trees, settings, True)
+            times.append(now() - begun)
+        exact = scores if exact is None else exact
+        there = exact.isfinite()
+        apart = (scores - exact)[there].abs()
+        unlike = [row[row.isfinite()] for row in scores.flatten(0, 1)]
+        ties = sum(len(row.unique()) < len(row) for row in unlike)
+        tops = (scores.argmax(-1) != exact.argmax(-1)).double().mean()
+        clc = 100 * rankc.clc(scores)[0, 1:].mean()
+        right = ", ".join(f"{100 * x:.1f}" for x in rankc.accuracy(scores, gold))
+        print(
+            f"{name:28} {spread(times)}; off by {apart.max():.2f} nats at most, {apart.mean():.3f} "
+            f"in the mean; {tops:.1%} of the top answers differ; {ties} of {len(unlike)} tie; "
+            f"CLC {clc:.1f}, accuracy {right}"
+        )
 
 
 def largest(arguments, shape: str) -> None:
@@ -514,14 +641,15 @@ def main() -> None:
     add("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     add("--stages", nargs="+", default=stages, choices=stages)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products")
     add("--max-tokens", type=int, default=2048, help="at once")
     add("--questions", type=int, default=4, help="in a step", dest="batch_questions")
     add("--repeat", type=int, default=5, help="turns")
     add("--checkpointing", action="store_true", dest="gradient_checkpointing")
-    for flag in ("only", "reuse", "processes", "scale", "memory", "largest"):
+    for flag in ("only", "reuse", "processes", "scale", "memory", "precision", "largest"):
         add(f"--{flag}", action="store_true")
     arguments = parser.parse_args()
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
     if arguments.data and not arguments.model:
         parser.error("--data needs a --model that can read it")
     several = arguments.data or len(arguments.shapes) > 1
@@ -541,6 +669,8 @@ def main() -> None:
         f"{arguments.model or arguments.size}, {arguments.dtype}, {name}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians (min - max)"
     )
+    if arguments.precision:
+        return precision(arguments)
     if arguments.memory:
         return memory(arguments, arguments.shapes[0])
     mode = largest if arguments.largest else processes if arguments.processes else compare
