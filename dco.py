@@ -9,9 +9,10 @@ language. A log-probability is in nats and *summed* over the answer's tokens.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -144,6 +145,7 @@ def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = Tr
 
     trees: as `pack` takes them, or packed already. Returns float32 (T, K), nats; a tree with fewer
     than K answers ends in -inf. `packed=False`: each answer with its prompt is a row of its own.
+    From then on the model's logits are float32.
     """
     config = model.config.get_text_config()
     weight = next(model.parameters())
@@ -158,8 +160,9 @@ def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = Tr
     logit_cols, row, logit_index, target, answer_index = where
     fed = {"input_ids": token, "attention_mask": mask, "position_ids": position}
     # (R, kept columns, vocabulary)
-    with float32_logits(model.get_output_embeddings()):
-        logits = model(**fed, logits_to_keep=logit_cols, use_cache=False).logits
+    head = model.get_output_embeddings()
+    head.forward = MethodType(float32_logits, head)
+    logits = model(**fed, logits_to_keep=logit_cols, use_cache=False).logits
     log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # row by row: less room
     logps = logits[row, logit_index, target].float() - log_sum[row, logit_index]  # (S,)
     answers = torch.full((T * K,), -torch.inf, device=token.device)
@@ -167,23 +170,14 @@ def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = Tr
     return answers.index_add(0, answer_index, logps).view(T, K)
 
 
-@contextmanager
-def float32_logits(head: nn.Linear) -> Iterator[None]:
-    """While it lasts, a model's head multiplies in float32, whatever the rest computes in.
+def float32_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """What a model's head computes, in float32 whatever the rest computes in.
 
     In bfloat16 logits near 20 are 0.125 apart: the letters of a multiple-choice question tie.
     """
-
-    def forward(hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            return F.linear(hidden.float(), head.weight.float(), bias)
-
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return F.linear(hidden.float(), head.weight.float(), bias)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
@@ -313,5 +307,6 @@ def packs_exactly(
     moved = completion_logps(model, trees, packed=False)
     hook.remove()
     packed, apart, moved = (x[apart.isfinite()] for x in (packed, apart, moved))
-    bound = (1e-3 + 1e-3 * apart.abs()).clamp(min=4 * float((moved - apart).abs().max()))
+    noise = max((moved - apart).abs().tolist(), default=0.0)
+    bound = (1e-3 + 1e-3 * apart.abs()).clamp(min=4 * noise)
     return bool(((packed - apart).abs() <= bound).all())

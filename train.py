@@ -102,12 +102,8 @@ class Config:
     split_seed: int | None = opt(None, "seed of the split (default: 0)")
     score: Literal["sum", "mean"] | None = opt(None, "rank by answers' log-probs, or their mean")
     max_tokens: int = opt(2048, "tokens fed at once; lower it where memory runs out")
-    dtype: Literal["float32", "bfloat16"] | None = opt(
-        None, "of matrix products; weights stay float32 (default: bfloat16 on cuda, else float32)"
-    )
-    device: Literal["cpu", "cuda"] | None = opt(
-        None, "default: cuda where there is one and a --model"
-    )
+    dtype: Literal["float32", "bfloat16"] | None = opt(None, "of matrix products; cuda: bfloat16")
+    device: Literal["cpu", "cuda"] | None = opt(None, "default: cuda if there is, and a --model")
     gradient_checkpointing: bool = opt(False, "less memory, more time: activations twice")
     shard: bool = opt(False, "FSDP2: split weights, gradients and moments over processes")
     offload: bool = opt(False, "--shard, and keep them in the machine's memory: slow, little GPU")

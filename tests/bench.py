@@ -35,7 +35,7 @@ import tempfile
 import time
 import weakref
 from collections import Counter, namedtuple
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import fields
 from itertools import islice, pairwise, repeat
 from pathlib import Path
@@ -236,10 +236,9 @@ def turns(pipe, turn: Counter, work):
 
 def one_way(pipe, arguments, shape: str, stage: str, way: str) -> None:
     """A process of `compare`: one way through one stage, in turns."""
-    if way == "packed":
-        train.init_distributed(train.Config(model="m", device=arguments.device))
-    elif arguments.reuse:
-        train.reuse_memory()
+    if way == "plain" and not arguments.reuse:
+        train.reuse_memory = lambda: None
+    train.init_distributed(train.Config(model="m", device=arguments.device))
     model, trees, items, config = prepare(arguments, shape)
     packed = dco.packs_exactly(model, [row[0] for row in trees[:2]])
     pipe.send(shape_of(model))
@@ -524,11 +523,6 @@ def memory(arguments, shape: str) -> None:
             print(f"| {name} | {world} {flag} | {told} | {fits[0] if fits else 'none'} |")
 
 
-@contextmanager
-def bfloat16_logits(head):
-    yield
-
-
 def precision(arguments) -> None:
     """Seconds, errors, ties and measures of a model's scores, by what it computes them in."""
     os.environ.update(TQDM_DISABLE="1")
@@ -540,7 +534,7 @@ def precision(arguments) -> None:
     gold = torch.tensor([question.gold for question in questions])
     ways = {"float32": ("float32", dco.float32_logits)}
     ways |= {"bfloat16, logits in float32": ("bfloat16", dco.float32_logits)}
-    ways |= {"bfloat16, logits, too": ("bfloat16", bfloat16_logits)}
+    ways |= {"bfloat16, logits, too": ("bfloat16", torch.nn.Linear.forward)}
     print(f"{len(questions)} questions in {' '.join(config.langs)}")
     for name, (dtype, dco.float32_logits) in ways.items():
         settings, times = dataclasses.replace(config, dtype=dtype), []
