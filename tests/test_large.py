@@ -281,6 +281,29 @@ def test_offload_without_a_gpu_says_what_it_does(world, tmp_path):
     assert "--offload: without a GPU it does what --shard does" in text and "offloaded" in text
 
 
+def test_layers_are_bfloat16_and_what_is_offloaded_is_so_in_all_parts(process_group, monkeypatch):
+    """On CPUs an offloaded weight lies where it would lie anyway: only the settings tell."""
+    import train as program
+
+    asked, real = {}, program.fsdp.fully_shard
+
+    def noted(part, **how):
+        asked[part] = how
+        return real(part, **how)
+
+    monkeypatch.setattr(program.fsdp, "fully_shard", noted)
+    config = program.Config(model="m", device="cpu", dtype="bfloat16", offload=True)
+    model = tiny_llama(100)
+    program.distribute(model, config, torch.device("cpu"))
+    ends = [model.get_input_embeddings(), model.get_output_embeddings(), model]
+    assert list(asked) == [*model.model.layers, *ends]
+    for part, how in asked.items():
+        assert isinstance(how["offload_policy"], program.fsdp.CPUOffloadPolicy)
+        policy = how.get("mp_policy", program.fsdp.MixedPrecisionPolicy())
+        wanted = (None, None) if part in ends else (torch.bfloat16, torch.float32)
+        assert (policy.param_dtype, policy.reduce_dtype) == wanted
+
+
 def test_a_model_without_layers_is_refused_by_name(process_group):
     import train as program
 

@@ -171,6 +171,8 @@ SMALL = ["--train_questions", "3", "--test_questions", "2", "--device", "cpu"]
 ELSEWHERE = {  # where it is run, or why not here
     "python train.py": "test_the_default_run_makes_the_embedded_model_consistent",
     "python -m pytest": "this is it",
+    "python -m pytest -m cuda": "all of tests/test_cuda.py is skipped without a GPU",
+    "python train.py --device cuda": "test_the_embedded_facts_become_consistent_on_a_gpu",
     "python tests/reading.py": "test_the_counts_in_the_readme_are_those_of_reading_py",
     "python tests/bench.py --scale": "takes minutes; its flag is known to exist",
     "python tests/kill_loop.py": "takes an hour; its flags are known to exist",
