@@ -150,7 +150,9 @@ def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = Tr
     config = model.config.get_text_config()
     weight = next(model.parameters())
     if not isinstance(trees, Pack):
-        trees = pack(trees, config.hidden_size, packed, weight.device)
+        mesh = getattr(weight, "device_mesh", None)  # sharded, it may lie elsewhere (--offload)
+        device = torch.device(mesh.device_type) if mesh else weight.device
+        trees = pack(trees, config.hidden_size, packed, device)
     token, position, segment, prefix, *where, (T, K) = trees
     mask = (segment >= 0).long()
     if packed:  # a token sees its own segment and its tree's prefix, no deeper than itself
@@ -159,9 +161,9 @@ def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = Tr
         mask = attention_masks(config, above & (own | shared), position, weight.dtype)
     logit_cols, row, logit_index, target, answer_index = where
     fed = {"input_ids": token, "attention_mask": mask, "position_ids": position}
-    # (R, kept columns, vocabulary)
     head = model.get_output_embeddings()
     head.forward = MethodType(float32_logits, head)
+    # (R, kept columns, vocabulary)
     logits = model(**fed, logits_to_keep=logit_cols, use_cache=False).logits
     log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # row by row: less room
     logps = logits[row, logit_index, target].float() - log_sum[row, logit_index]  # (S,)

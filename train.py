@@ -438,8 +438,8 @@ def init_distributed(config: Config) -> torch.device:
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this torch sees no GPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        # for the head: finer than bfloat16, and much faster than float32
-        torch.backends.cuda.matmul.allow_tf32 = config.dtype == "bfloat16"
+        if config.dtype == "bfloat16":  # TF32 for the head: finer, and much faster than float32
+            torch.set_float32_matmul_precision("high")
     else:
         reuse_memory()
     transformers.utils.logging.disable_progress_bar()  # one bar at a time
@@ -573,6 +573,7 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
     Raises InputError where no causal language model can be loaded.
     """
     name, remote = config.model, {"trust_remote_code": config.trust_remote_code}
+    rank = dist.get_rank()
     adapters = Path(name, "adapter_config.json").is_file()
     if adapters and not Path(name, "config.json").is_file():
         merge = "merge them into their model first (peft's merge_and_unload), and name the result"
@@ -585,7 +586,7 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
                     setattr(part, key, 0.0)  # else policy and reference differ at step 0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
         auto, how = transformers.AutoModelForCausalLM, {"dtype": torch.float32, **remote}
-        if dist.get_rank() > 0:
+        if rank > 0:
             with torch.device("meta"):
                 model, missing = auto.from_config(settings, **how), []
         else:
@@ -665,7 +666,8 @@ def gathered(model: nn.Module, config: Config) -> Iterator[None]:
     if config.device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // dist.get_world_size()
+        free = "SC_AVPHYS_PAGES" in os.sysconf_names and os.sysconf("SC_AVPHYS_PAGES")  # not macOS
+        free = free * os.sysconf("SC_PAGE_SIZE") // dist.get_world_size()
     fits = torch.tensor(float(free > 2 * size), device=config.device)
     dist.all_reduce(fits, dist.ReduceOp.MIN)  # all gather alike, or they would wait forever
     for part in parts:

@@ -118,7 +118,7 @@ def test_the_counts_in_the_readme_are_those_of_reading_py():
     found = [int(re.search(words, text)[1]) for words in counted]
     assert found == [pytest.approx(sum(n.values()), rel=0.02) for n in stretches.values()]
     assert {name for _, name in stretches["from a micro-batch to its loss"]} == {
-        "train", "language_loss", "completion_logps", "attention_masks", "dco_loss",
+        "train", "language_loss", "completion_logps", "attention_masks", "float32_logits", "dco_loss",
         "implicit_reward",
     }  # fmt: skip
 
@@ -171,7 +171,7 @@ SMALL = ["--train_questions", "3", "--test_questions", "2", "--device", "cpu"]
 ELSEWHERE = {  # where it is run, or why not here
     "python train.py": "test_the_default_run_makes_the_embedded_model_consistent",
     "python -m pytest": "this is it",
-    "python -m pytest -m cuda": "all of tests/test_cuda.py is skipped without a GPU",
+    "python -m pytest -m cuda": "what it collects is skipped without a GPU",
     "python train.py --device cuda": "test_the_embedded_facts_become_consistent_on_a_gpu",
     "python tests/reading.py": "test_the_counts_in_the_readme_are_those_of_reading_py",
     "python tests/bench.py --scale": "takes minutes; its flag is known to exist",
