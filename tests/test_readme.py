@@ -118,8 +118,8 @@ def test_the_counts_in_the_readme_are_those_of_reading_py():
     found = [int(re.search(words, text)[1]) for words in counted]
     assert found == [pytest.approx(sum(n.values()), rel=0.02) for n in stretches.values()]
     assert {name for _, name in stretches["from a micro-batch to its loss"]} == {
-        "train", "language_loss", "completion_logps", "attention_masks", "float32_logits", "dco_loss",
-        "implicit_reward",
+        "train", "language_loss", "completion_logps", "attention_masks", "float32_logits",
+        "dco_loss", "implicit_reward",
     }  # fmt: skip
 
 
