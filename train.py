@@ -121,8 +121,7 @@ class Config:
         found |= {"lr": LR[method], "epochs": 1, "batch_questions": 4, "candidates": 2}
         found["score"] = "sum"
         found["device"] = "cuda" if self.model and torch.cuda.is_available() else "cpu"
-        on_gpu = "cuda" in (self.device or found["device"])
-        found |= {"dtype": "bfloat16" if on_gpu else "float32"}
+        found["dtype"] = "bfloat16" if (self.device or found["device"]) == "cuda" else "float32"
         object.__setattr__(self, "shard", self.shard or self.offload)
         found["beta"] = 0.1 if method in ("dpo", "calm") else 1.0  # as usual: the paper gives none
         found["pairs_per_question"] = 7 if xcsqa and method in ("dco", "dpo") else 1  # App. H
@@ -357,18 +356,21 @@ def local_microbatches(model: nn.Module, items: list, config: Config, packed: bo
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = [assign_microbatches(items, config, packed, each, world) for each in range(world)]
     order = [row for each in groups for group in each for row in group]
-    first = sum(len(group) for each in groups[:rank] for group in each)
     # FSDP gathers a layer's weights on all processes at once: all feed as often, some a row of
     # weight zero; and it takes the mean over processes, where the loss is a sum.
     idle = max(map(len, groups)) - len(groups[rank]) if config.shard else 0
-    found, width = [], model.config.get_text_config().hidden_size
-    for rows in groups[rank] + [[]] * idle:
-        weight = (world if config.shard else 1) / len(items) if rows else 0.0
-        trees = [items[b].trees[i] for b, i in rows or order[:1]]
-        batch = dco.pack(trees, width, packed, torch.device(config.device))
-        found.append((slice(first, first + len(trees)) if rows else slice(1), batch, weight))
-        first += len(rows)
-    return torch.tensor(order).T, found
+    width = model.config.get_text_config().hidden_size
+
+    def pack_each(first):  # each when its turn comes, while a GPU is at work on the one before
+        for rows in groups[rank] + [[]] * idle:
+            weight = (world if config.shard else 1) / len(items) if rows else 0.0
+            trees = [items[b].trees[i] for b, i in rows or order[:1]]
+            batch = dco.pack(trees, width, packed, torch.device(config.device))
+            yield slice(first, first + len(trees)) if rows else slice(1), batch, weight
+            first += len(rows)
+
+    before = sum(len(group) for each in groups[:rank] for group in each)
+    return torch.tensor(order).T, pack_each(before)
 
 
 def assign_microbatches(items: list, config: Config, packed: bool, rank: int, world: int) -> list:
@@ -689,7 +691,6 @@ def score(
     model.eval()
     flat = [tree for row in trees for tree in row]
     rank, world, device = dist.get_rank(), dist.get_world_size(), torch.device(config.device)
-    width = model.config.get_text_config().hidden_size
     groups = data.batches(flat, config.max_tokens, packed)
     sizes = torch.tensor([len(tree.branches) for tree in flat])
     missing = torch.arange(int(sizes.max())) >= sizes[:, None]  # (trees, K)
@@ -698,8 +699,7 @@ def score(
     with gathered(model, config), autocast(config, device):
         for n in progress(rounds, desc, len(rounds)):
             group = groups[min(n, len(groups) - 1)]
-            batch = dco.pack([flat[t] for t in group], width, packed, device)
-            logps = dco.completion_logps(model, batch, packed)
+            logps = dco.completion_logps(model, [flat[t] for t in group], packed)
             if n < len(groups):
                 table[dco.send(torch.tensor(group), device), : logps.shape[1]] = logps
     table.masked_fill_(missing.to(device), 0.0)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import data
 import dco
 import test_scoring
@@ -152,7 +153,7 @@ LETTERS = [data.Tree([1, 2, 3, 4], [[10], [11], [12], [13]])]
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
 @pytest.mark.parametrize("way", ["autocast", "weights"])
 def test_letters_do_not_tie_in_bfloat16(monkeypatch, family, way):
-    """Soft-capped and scaled logits, too; in bfloat16 these three letters are one number."""
+    """Soft-capped and scaled logits, too; in bfloat16 some of the four are one number."""
     settings = {"gemma2": {"head_dim": 8, "final_logit_softcapping": 30.0}}
     model = test_scoring.tiny(family, "eager", **settings.get(family, {}))
     with torch.no_grad():
@@ -209,10 +210,6 @@ def test_bfloat16_weights_pack(family):
         assert dco.packs_exactly(model, test_scoring.some_trees(seed, 2))
 
 
-def rss():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-
 def watch_memory():
     """Print by how much a process grows at most while it loads the model."""
     import train as program
@@ -223,12 +220,12 @@ def watch_memory():
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         Path("/proc/self/clear_refs").write_text("5")
-        before.append(rss())
+        before.append(bench.room())
         return load(config)
 
     def last(*given):
         distribute(*given)
-        print(f"grew by {rss() - before[0]} bytes", flush=True)
+        print(f"grew by {bench.room() - before[0]} bytes", flush=True)
 
     program.load_model, program.distribute = first, last
 
@@ -345,7 +342,7 @@ class Beginning:
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make a CPU wait for a GPU, and copies from one device to another."""
+    """Counts the reads for which a CPU would wait for a GPU."""
 
     def __init__(self):
         super().__init__()
