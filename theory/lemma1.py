@@ -1,4 +1,4 @@
-"""Lemma 1: two languages rank alike iff gamma_1 gamma_2 = beta^2.
+"""Lemma 1: for every reference two languages rank alike iff gamma_1 gamma_2 = beta^2.
 
 Why (App. D.1). Let (a, b) be the log-odds of a pair of answers under the reference in the two
 languages, and G_i = gamma_i / beta. By Eq. 9 its log-odds under pi* are

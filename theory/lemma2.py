@@ -8,8 +8,12 @@ c(x) follows iff the graph is connected, which takes at least K - 1 pairs; then 
 + r-hat / beta + const is pi*. Where it is not, one part may be lifted against another at no loss,
 by another amount in each language: a minimum that contradicts itself. (One pair a question, App. H,
 thus leaves K - 2 log-odds to what the network carries over between questions.)
+Also, Eq. 7 ranges over all strings, Eq. 11 over the candidates in D. If there are others, Eq. 11
+fixes how the candidates share their total probability and leaves the total free: it is zero, too,
+where nearly all has gone to other strings, and pi is not pi*. So a run logs that total.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -29,8 +33,9 @@ def loss_over(pairs: Tensor, logps: Tensor, ref_logps: Tensor, r: Tensor, beta: 
 def minimum(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """Where subgradient descent from log-probs `start` ends, its step ever halved: (..., K).
 
-    A loss of absolute values is a polyhedron, and falls at no less than some slope toward its
-    minimum; so steps that shrink by a fixed factor reach it to within the last of them.
+    A loss of absolute values falls at no less than some slope toward its minimum. So steps that
+    shrink by a fixed factor reach it to within the last of them, if that factor is near enough to 1
+    for the slope and the start; 30 steps of a size before it is halved are enough for these tables.
     """
     return descend(loss, start, [8 / 2**n for n in range(40) for _ in range(30)])
 
@@ -51,6 +56,10 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         lost = objective(best, ref, r, beta) - objective(found, ref, r, beta)
         words = f"{name}: the policy found has the highest J of Eq. 7, as RL would"
         yield Finding(words, draws, worst(lost, kl(found, best)))
+    d = dco.implicit_reward(start, ref, beta) - r  # a random policy's
+    by_hand = sum((d[..., w] - d[..., l]).abs() for w, l in every.tolist()) / len(every)  # noqa: E741
+    gap = off(dco.dco_loss(start, ref, r, beta) - by_hand)
+    yield Finding("of more than two answers, Eq. 11 is the mean over all pairs, alike", draws, gap)
     parts = torch.tensor([[0, 1], [2, 3], [3, 4]])  # nothing between {0, 1} and {2, 3, 4}
     lifted = best.clone()
     lifted[..., :2] -= best[..., :1] - best[..., 2:3] - OPPOSED[:, None]
@@ -59,3 +68,16 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     gap = off(odds - OPPOSED, loss_over(parts, lifted, ref, r, beta))
     words = "pairs that do not connect: zero loss, and the languages contradict each other by a nat"
     yield Finding(words, draws, gap)
+    world, mass = table(g, draws, 2, K + 1), 4e-4  # the last string is no candidate
+    ref, r = world[..., :K], dco.align_reward(world, gamma)
+    inside = dco.optimal_policy(ref, gamma, beta) + math.log(mass)  # logs of what is left for them
+    policy = torch.cat([inside, torch.full_like(inside[..., :1], math.log1p(-mass))], -1)
+    best = dco.optimal_policy(world, gamma, beta)
+    lost = objective(best, world, r, beta) - objective(policy, world, r, beta)
+    gap = off(dco.dco_loss(inside, ref, r[..., :K], beta), lost - beta * kl(policy, best))
+    gap += int((lost <= 0).sum())
+    words = "with a string that is no candidate: zero loss at a total of 0.0004, and J is lower"
+    shown = (
+        f"total under pi* {best[..., :K].exp().sum(-1).mean():.2f}; J lower by {lost.mean():.2f}"
+    )
+    yield Finding(words, draws, gap, shown=shown)

@@ -7,8 +7,9 @@ answer is right at least as often as that of any rule that sees less: one langua
 or a vote (CALM, sec. 2), which forgets how sure each is and can lose by its weak voters.
 Sec. 6.5 assumes honesty (wrong answers have high entropy). A language that overstates its log-odds
 by a factor s_i breaks it: a weak one that is sure outvotes a strong one, and pi* is worse than
-English alone. So do two languages that repeat the same evidence. Trust mends the first: with
-w_i = 1 / s_i the consensus is the posterior again. *Trust a language less the more it overstates*;
+English alone. So do two languages that repeat the same evidence. Trust mends both: with w_i =
+1 / s_i, or 1 / 2 for each of the two, the consensus is the posterior again. *Trust a language less
+the more it overstates*;
 the row `optimum` of a run shows, before a step is taken, whether to.
 """
 
@@ -72,6 +73,12 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     found = accuracy(joint, *(policy[:, 0].argmax(-1) for policy in policies))  # of language 1
     words = "right at 0.9 with one at 0.5: 0.9; if it boasts tenfold: 0.5; with trust 1 / 10: 0.9"
     yield Finding(words, 1, off(found - vector(0.9, 0.9, 0.5, 0.9)))
+    joint, reports = world(symmetric([0.7, 0.6], 3))
+    twice = reports[:, [0, 1, 1]]  # the weaker one's evidence, told in two languages
+    policies = pool(reports), pool(twice), pool(twice, vector(1, 2, 2))
+    found = accuracy(joint, *(policy[:, 0].argmax(-1) for policy in policies))
+    words = "right at 0.7 with one at 0.6: 0.7; that one told twice: 0.6; with trust 1 / 2: 0.7"
+    yield Finding(words, 1, off(found - vector(0.7, 0.6, 0.7)))
     joint, reports = world(symmetric([0.9, 0.4, 0.4], 4))
     found = accuracy(joint, dco.majority_vote(reports)[0], pool(reports)[:, 0].argmax(-1))
     lost, won = 0.9 * 3 * 0.2**2, 0.1 * 0.4**2  # both weak at one wrong answer, at the right

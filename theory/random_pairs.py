@@ -5,12 +5,13 @@ them for each instance, so language i meets one expert j at a time, and its expe
 
     sum_j sum_(w, l) |r-hat_w - r-hat_l - gamma_ij log pi_REF,j(w) / pi_REF,j(l)|:
 
-least absolute deviations, whose minimum is at a *median* of the experts, where Eq. 15 asks for
-their *sum*. For two languages these are equal. For more, no Gamma describes the median, and its
-policy contradicts itself. With reference log-odds (9, -1, -1, -1), gamma = beta = 1, the sum is 6:
-pi* prefers the first answer everywhere. By medians the first language has 9 - 1 and the others
--1 - 1. (The minimum need not be unique; descent's is taken. Squared deviations would regress on the
-mean, which is Eq. 15 once gamma is multiplied by N - 1.)
+least absolute deviations. Of two answers the minimum is at a *median* of the experts' log-odds,
+where Eq. 15 asks for their *sum*; for two languages these are equal. Of more answers it is a joint
+fit of all pairs, for medians of each pair need not add up. No Gamma describes either, and for more
+than two languages the policy contradicts itself. With reference log-odds (9, -1, -1, -1), gamma =
+beta = 1, the sum is 6: pi* prefers the first answer everywhere. By medians the first language has
+9 - 1 and the others -1 - 1. (The minimum need not be unique; descent's is taken. Squared deviations
+would regress on the mean, which is Eq. 15 once gamma is multiplied by N - 1.)
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import dco
 import rankc
-from theory import Finding, contradiction, from_odds, off, rng, table, to_odds, vector
+from theory import Finding, contradiction, from_odds, margins, off, rng, table, to_odds, vector
 from theory.lemma2 import minimum
 
 
@@ -56,6 +57,12 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     gap = off(to_odds(found) - torch.stack([vector(6, 6, 6, 6), vector(8, -2, -2, -2)]))
     words = "four languages at (9, -1, -1, -1): pi* has 6 in each, pairs (8, -2, -2, -2)"
     yield Finding(words, 1, gap)
+    ref = torch.tensor([[0, 0, 0], [2, 0, 1], [-1, 0, -2], [-1, 0, 1]]).double().log_softmax(-1)
+    r_hat = margins(compare(ref)[1] - ref)[0, [0, 1, 0], [1, 2, 2]]  # of language 1, each pair
+    experts = margins(ref)[1:, [0, 1, 0], [1, 2, 2]]  # (3, 3): of the others
+    cost = [(x - experts).abs().sum() for x in (r_hat, experts.median(0)[0])]
+    words = "three answers, three experts: pair by pair medians cost 9; they do not add up: 12"
+    yield Finding(words, 1, off(torch.stack(cost) - vector(12, 9)))
     ref = table(g, draws, 4, 6)
     joint, pairwise = compare(ref)
     words = "four languages: pi* contradicts itself nowhere"

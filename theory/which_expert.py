@@ -35,7 +35,7 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         entropy.append(rankc.entropy(tempered[:, 1]))
         distance.append(kl(dco.optimal_policy(tempered, gamma, 1.0)[:, 0], ref[:, 0]))
     entropy, distance = torch.stack(entropy), torch.stack(distance)  # (T, draws)
-    right = (entropy.diff(dim=0) <= 0) & (distance.diff(dim=0) >= 0)  # false for NaN
+    right = (entropy.diff(dim=0) < 0) & (distance.diff(dim=0) >= 0)  # false for NaN
     means = ", ".join(f"{h:.2f}: {d:.2f}" for h, d in zip(entropy.mean(1), distance.mean(1)))
     words = "the lower its entropy, the more it moves language 1 (gap: exceptions)"
     shown = f"mean entropy: mean KL(pi*_1 || pi_REF,1): {means}"
