@@ -1,7 +1,8 @@
 """How a model is judged: RankC, CLC, accuracy, changed answers, entropy; then tables and pictures.
 
-Covers sections 5, 6.1 and 6.3 to 6.5, and App. I, of the paper that dco.py names. Knows score
-tables alone, no model and no data set; `python rankc.py RUN ...` compares finished runs.
+Covers section 5, the tables and figures of section 6, and Apps. I, J and L to N, of the paper that
+dco.py names. Knows score tables alone, no model and no data set; `python rankc.py RUN ...` puts
+finished runs into the paper's tables.
 
 Axes: a score table is (Q, L, K), questions, languages, candidates, as dco.optimal_policy has it. A
 question with fewer than K candidates has -inf in the places left, in every language.
@@ -102,20 +103,38 @@ def entropy(scores: Tensor) -> Tensor:
     return -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
 
 
-def measure(scores: Tensor, base: Tensor, gold: list[int | None], langs: list[str]) -> dict:
-    """Every measure of a score table (Q, L, K), as JSON; `base` is the table before training."""
+def reference_language(langs: Sequence[str]) -> str:
+    """The language whose pairs CLC-EN is of: English, or else the first."""
+    return "en" if "en" in langs else langs[0]
+
+
+def measure(
+    scores: Tensor, base: Tensor, gold: list[int | None], langs: list[str], sums: Any = None
+) -> dict:
+    """Every measure of a score table (Q, L, K), as JSON; `base` is the table before training.
+
+    `sums` are log-probs where answers are ranked by another score: entropy and the candidates'
+    total probability are of them.
+    """
+    logps = scores if sums is None else sums
     best, matrix = scores.argmax(-1), clc(scores)  # (Q, L), (L, L)
     a, b = torch.triu_indices(len(langs), len(langs), 1)
     known = torch.tensor([g is not None for g in gold])
     answer = torch.tensor([g for g in gold if g is not None], dtype=torch.long)
-    right, nats = best[known] == answer[:, None], entropy(scores[known])
+    right, nats = best[known] == answer[:, None], entropy(logps[known])
     shares = accuracy(scores[known], answer).tolist() if len(answer) else [None] * len(langs)
+    en = langs.index(first := reference_language(langs))
+    kinds = {"right": nats[right], "wrong": nats[~right]}
+    mass = logps.double().exp().sum(-1).mean(0).tolist()  # (L,)
     return {
         "clc": _mean(matrix[a, b]),
+        f"clc_{first}": _mean(matrix[en][torch.arange(len(langs)) != en]),
         "clc_matrix": matrix.tolist(),
         "top1_agreement": _mean(best[:, a] == best[:, b]),
         "accuracy": dict(zip(langs, shares, strict=True)),
-        "entropy": {"right": _mean(nats[right]), "wrong": _mean(nats[~right])},
+        "entropy": {kind: _mean(values) for kind, values in kinds.items()},
+        "entropy_std": {k: float(x.std()) if len(x) > 1 else None for k, x in kinds.items()},
+        "probability": dict(zip(langs, mass, strict=True)),  # of all candidates together
         "changed": dict(zip(langs, map(_mean, (best != base.argmax(-1)).T), strict=True)),
     }
 
@@ -150,17 +169,29 @@ def percent(share: float | None, form: str = ".1f") -> str:
 
 
 def report(
-    splits: Splits, tables: Tables, langs: list[str], metrics: dict, by_subject: bool = False
+    splits: Splits,
+    tables: Tables,
+    langs: list[str],
+    metrics: dict,
+    by_subject: bool = False,
+    sums: Tables | None = None,
 ) -> str:
-    """Tables of each split, in per cent; `metrics` is filled with the measures that it lacks."""
-    texts = []
+    """Tables of each split, in per cent; `metrics` is filled with the measures that it lacks.
+
+    `sums` are log-probs where `tables` rank by another score.
+    """
+    texts, first = [], reference_language(langs)
 
     def measured(found, split, picked):
         gold = [splits[split][q].gold for q in picked]
         found.setdefault("questions", len(picked))
         for name in [name for name in tables if name not in found]:
-            each, base = (tables[x][split][picked] for x in (name, "base"))
-            found[name] = measure(each, base, gold, langs)
+            each, base, logps = (
+                x[split][picked] for x in (tables[name], tables["base"], (sums or tables)[name])
+            )
+            found[name] = measure(each, base, gold, langs, logps)
+            if name.endswith("optimum"):
+                del found[name]["probability"]  # normalised: it is 1
         return found
 
     for split, questions in splits.items():
@@ -168,23 +199,31 @@ def report(
         clc_chance, top_chance = chance_levels([question.K for question in questions])
         rows = [[f"{split}, {len(questions)} questions", "chance", *tables, "change"]]
 
-        def add(label, level, values, scale=100, form=".1f"):
+        def add(label, level, values, scale=100, form=".1f", spread=()):
             old, new = values[0], values[-1]
             change = f"{scale * (new - old):+{form}}" if None not in (old, new) else ""
             cells = ["" if x is None else f"{scale * x:{form}}" for x in values]
+            cells = [
+                x if s is None else f"{x} ± {s:{form}}" for x, s in zip(cells, spread)
+            ] or cells
             rows.append([label, percent(level), *cells, change])
 
         every = [found[name] for name in tables]
         add("CLC", clc_chance, [each["clc"] for each in every])
+        if len(langs) > 2:
+            add(f"CLC-{first.upper()}", clc_chance, [each[f"clc_{first}"] for each in every])
         add("same top answer", top_chance, [each["top1_agreement"] for each in every])
         for lang in langs:
             add(f"accuracy {lang}", top_chance, [each["accuracy"][lang] for each in every])
         for lang in langs:
             moved = [each["changed"][lang] for each in every[1:]]
             add(f"answers changed {lang}", None, [None, *moved])
+        for lang in langs:
+            mass = [each.get("probability", {}).get(lang) for each in every]
+            add(f"probability of all answers {lang}", None, mass, form=".3g")
         for kind in ("right", "wrong"):
-            nats = [each["entropy"][kind] for each in every]
-            add(f"entropy of {kind} answers, nats", None, nats, 1, ".2f")
+            nats, spread = ([each[x][kind] for each in every] for x in ("entropy", "entropy_std"))
+            add(f"entropy where {kind}, nats ± std", None, nats, 1, ".2f", spread)
         rows = rows if "trained" in tables else [row[:-1] for row in rows]  # no change yet
         texts += ["", format_table(rows)]
         if len(langs) > 2:
@@ -242,13 +281,18 @@ class RunError(ValueError):
 class Run(NamedTuple):
     """What a folder of train.py tells of its last split."""
 
-    model: str  # the one that its chain of runs began with
-    about: str
+    name: str  # of the folder
+    settings: dict  # run.json; `model` is the one that its chain of runs began with
     langs: list[str]
     ids: list[str]
+    subjects: list[str]
     gold: list[int | None]
     base: Tensor  # (Q, L, K) nats
     trained: Tensor  # (Q, L, K) nats
+
+
+FREE = "langs test_subjects out resume save_every max_tokens gradient_checkpointing shard offload "
+FREE += "device timeout processes torch transformers git"  # in which runs of a table may differ
 
 
 def read_run(folder: Path) -> Run:
@@ -272,73 +316,215 @@ def read_run(folder: Path) -> Run:
             nats = [torch.tensor([line[name][lang] for lang in langs]).T for line in lines]
             pad = {"batch_first": True, "padding_value": -torch.inf}
             tables.append(torch.nn.utils.rnn.pad_sequence(nats, **pad).transpose(1, 2))
-        model = settings["model"] or f"embedded model, seed {settings['seed']}"
-        about = f"{settings['data']}, {len(lines)} questions of the {split} split, scored by "
-        ids, gold = ([line[name] for line in lines] for name in ("id", "gold"))
-        run = Run(model, about + settings["score"], langs, ids, gold, *tables)
+        settings["model"] = settings["model"] or f"embedded model, seed {settings['seed']}"
+        settings |= {"split": split, "data": settings["data"], "score": settings["score"]}
+        columns = ([line[name] for line in lines] for name in ("id", "subject", "gold"))
+        run = Run(folder.name, settings, langs, *columns, *tables)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not of a whole run of train.py: {error!r}") from error
+    model = settings["model"]
     for first in (Path(model), folder.parent / Path(model).name):  # there, or moved with this one
         if (first / "metrics.json").is_file() and first.resolve() != folder.resolve():
             earlier = read_run(first)
             same = [(each.langs, each.ids, each.base.shape) for each in (earlier, run)]
             if same[0] == same[1] and torch.allclose(earlier.trained, run.base, atol=0.5):  # nats
-                return run._replace(model=earlier.model, base=earlier.base)
+                settings["model"] = earlier.settings["model"]
+                return run._replace(base=earlier.base)
     return run
 
 
-def compare(folders: Sequence[str]) -> str:
-    """Table 1: runs as differences to their base, per cent, each with its standard error.
+def mean_and_error(parts: Sequence[tuple[Sequence[str], Tensor]]) -> tuple[float, float] | None:
+    """The mean over parts of their means over questions, and its standard error, NaN for one.
 
-    A table for each base, data set and set of questions. The error is that of a mean over
-    questions: what other questions would change. Raises RunError if no folder is a finished run.
+    A part: ids of questions, and a number of each, NaN where there is none. The error is what other
+    questions would change: one in several parts counts once, with all that it adds. None where a
+    part has no numbers.
     """
-    groups, texts = {}, []
+    mean, added = 0.0, {}
+    for ids, values in parts:
+        if not (there := ~values.isnan()).any():
+            return None
+        mean += float(values[there].mean()) / len(parts)
+        share = (values - values[there].mean()) / (int(there.sum()) * len(parts))
+        for id, x in zip(ids, share.tolist(), strict=True):
+            if not math.isnan(x):
+                added[id] = added.get(id, 0.0) + x
+    n = len(added)
+    return mean, math.sqrt(sum(x * x for x in added.values()) * n / (n - 1)) if n > 1 else math.nan
+
+
+def _cell(parts: Sequence[tuple[Sequence[str], Tensor]], form: str = ".1f") -> str:
+    mean, error = mean_and_error(parts) or (None, math.nan)
+    return percent(mean, form) + ("" if math.isnan(error) else f" ± {percent(error)}")
+
+
+def _by_question(run: Run, first: str, subject: str | None = None) -> tuple:
+    """Ids of the questions (of a subject), their columns before training, (4, Q), and the change.
+
+    The columns are CLC, CLC with language `first`, and accuracy in it and in the others, which is
+    NaN where the right answer is not known.
+    """
+    at = [q for q, own in enumerate(run.subjects) if subject in (None, own)]
+    en, every, tables = run.langs.index(first), range(len(run.langs)), []
+    gold = torch.tensor([math.nan if run.gold[q] is None else run.gold[q] for q in at])
+    for scores in (run.base[at], run.trained[at]):
+        consist = _consist(scores)
+        right = top1_correct(scores, gold.nan_to_num().long()) + 0 * gold[:, None]  # (Q, L)
+        columns = [torch.stack([consist(i, j) for i, j in combinations(every, 2)]).mean(0)]
+        columns += [torch.stack([consist(en, i) for i in every if i != en]).mean(0)]
+        columns += [right[:, en], right[:, [i for i in every if i != en]].mean(1)]
+        tables.append(torch.stack(columns))
+    return [run.ids[q] for q in at], tables[0], tables[1] - tables[0]
+
+
+def _settings(run: Run, but_for: str = FREE) -> dict:
+    return {name: x for name, x in sorted(run.settings.items()) if name not in but_for.split()}
+
+
+def compare(folders: Sequence[str], reference: str = "", plot: Path | None = None) -> str:
+    """The paper's tables of finished runs, in per cent, with standard errors.
+
+    Runs on the same questions are rows of one table (Table 1); if they differ in gamma or trust
+    alone, `plot` is drawn (Figures 2, 3). Runs that differ in the language beside `reference` (by
+    default English, or else a run's first), or in the subjects tested, are joined in one (Tables 2,
+    3, 5 to 12). Raises RunError if no folder is a finished run, or none has that language.
+    """
+    runs, texts, alike, pairs = [], [], {}, {}
     for folder in map(Path, folders):
         if (folder / "metrics.json").is_file() and (folder / "log.jsonl").is_file():
-            run = read_run(folder)
-            key = (run.model, run.about, run.base.shape, *run.langs, *run.ids)
-            groups.setdefault(key, []).append((folder.name, run))
+            runs.append(read_run(folder))
         else:
             texts.append(f"left out {folder}: not a finished run of train.py")
-    if not groups:
+    if not runs:
         raise RunError("none of the folders is a finished run of train.py")
-    for runs in groups.values():
-        first, base = runs[0]
-        en = base.langs.index("en") if "en" in base.langs else 0  # the reference language
-        others = [i for i in range(len(base.langs)) if i != en]
-        known = [q for q, gold in enumerate(base.gold) if gold is not None]
-        gold = torch.tensor([base.gold[q] for q in known], dtype=torch.long)
-
-        def by_question(scores):  # the paper's columns, (Q,) each
-            consist, right = _consist(scores), top1_correct(scores[known], gold)
-            pairs = [consist(i, j) for i, j in combinations(range(scores.shape[1]), 2)]
-            return torch.stack(pairs).mean(0), right[:, en], right[:, others].mean(1)
-
-        name = base.langs[en].upper()
-        levels = chance_levels((~torch.isneginf(base.base[:, 0])).sum(-1).tolist())
-        rows = [["", "CLC_all", f"A_{name}", f"A_not{name}"]]
-        rows += [["chance", *map(percent, [*levels, levels[1]])]]
-        rows += [["base", *(percent(_mean(values)) for values in by_question(base.base))]]
-        for name, run in runs:
-            if not torch.allclose(run.base, base.base, atol=0.05):  # nats
-                texts.append(f"note: the base of {name} scores otherwise than that of {first}")
-            rows.append([name])
-            for new, old in zip(by_question(run.trained), by_question(run.base), strict=True):
-                change, n = new - old, len(new)
-                error = f" ± {percent(float(change.std()) / n**0.5)}" if n > 1 else ""
-                rows[-1].append(percent(_mean(change), "+.1f") + error)
-        head = f"\n{base.model} on {base.about}; {' '.join(base.langs)}; per cent, changes"
-        texts.append(f"{head} with their standard errors\n\n{format_table(rows)}")
+    there = sorted({lang for run in runs for lang in run.langs})
+    if reference and reference not in there:
+        raise RunError(f"--reference {reference}: no run has it; they have {', '.join(there)}")
+    for run in runs:
+        first = reference if reference in run.langs else reference_language(run.langs)
+        about = [run.settings[name] for name in ("model", "data", "split", "score")]
+        alike.setdefault((first, *about, run.base.shape, *run.langs, *run.ids), []).append(run)
+        if len(run.langs) == 2:
+            pairs.setdefault((first, str(_settings(run))), []).append(run)
+    joined = []
+    for (first, _), group in pairs.items():
+        if len({(*run.langs, *run.ids) for run in group}) > 1:
+            texts.append(_joined(group, first))
+            joined += map(id, group)
+    for (first, *_), group in alike.items():
+        if len(group) > 1 or id(group[0]) not in joined:
+            texts += [_beside(group, first)] + [_apart(group[0], runs)] * (len(group) == 1)
+        directions = {}
+        for run in group:
+            way = run.settings.get("gamma") or run.settings.get("trust") or ["equal trust"]
+            same = directions.setdefault(str(_settings(run, FREE + " gamma trust")), {})
+            same.setdefault(", ".join(way), run)
+        for found in directions.values():
+            if plot and len(found) > 1 and draw_directions(plot, found):
+                texts.append(f"\n{plot} shows {', '.join(run.name for run in found.values())}")
     return "\n".join(texts)
+
+
+def _apart(run: Run, runs: list[Run]) -> str:
+    """Why a run is in no table with another one."""
+    for other in [other for other in runs if other is not run][:1]:
+        theirs, mine = (_settings(x, FREE.replace("langs", "")) for x in (other, run))
+        found = [f"{x} {y!r}, not {theirs.get(x)!r}" for x, y in mine.items() if y != theirs.get(x)]
+        return (
+            f"\n{run.name} is not joined with {other.name}: {'; '.join(found) or 'other questions'}"
+        )
+    return ""
+
+
+def _titled(run: Run, about: str, rows: list[list[str]], notes: list[str]) -> str:
+    what = f"{run.settings['model']} on {run.settings['data']}, the {run.settings['split']} split"
+    head = f"{what}, scored by {run.settings['score']}; {about}; per cent, with standard errors"
+    return "\n".join([*notes, "", head, "", format_table(rows)])
+
+
+def _levels(run: Run) -> list[str]:
+    return [*map(percent, chance_levels((~run.base[:, 0].isneginf()).sum(-1).tolist()))]
+
+
+def _beside(runs: list[Run], first: str) -> str:
+    """Runs on the same questions, a row each, as differences to their base (Table 1)."""
+    base, name, notes, (clc, top) = runs[0], first.upper(), [], _levels(runs[0])
+    ids, old, _ = _by_question(base, first)
+    rows = [["", "CLC", f"CLC-{name}", f"A_{name}", f"A_not{name}"]]
+    rows += [["chance", clc, clc, top, top], ["base", *(_cell([(ids, x)]) for x in old)]]
+    for run in runs:
+        if not torch.allclose(run.base, base.base, atol=0.05):  # nats
+            notes.append(f"note: the base of {run.name} scores otherwise than that of {base.name}")
+        rows.append([run.name, *(_cell([(ids, x)], "+.1f") for x in _by_question(run, first)[2])])
+    return _titled(base, f"{' '.join(base.langs)}, {len(ids)} questions", rows, notes)
+
+
+def _joined(runs: list[Run], first: str) -> str:
+    """Runs of one language each beside `first`: a row each and their mean (Tables 2, 5 to 10).
+
+    Where subjects to test were named, so for each subject (Tables 3, 11 and 12).
+    """
+    name, notes, subjects, (clc, top) = first.upper(), [], [None], _levels(runs[0])
+    rows = [["", *(f"{x}{y}" for x in (f"CLC-{name}", f"A_{name}", "A") for y in ("", " change"))]]
+    rows += [["chance", clc, "", top, "", top, ""]]
+    if any(run.settings.get("test_subjects") for run in runs):
+        subjects = sorted({subject for run in runs for subject in run.subjects})
+    for subject in subjects:
+        parts = {}
+        for run in [run for run in runs if subject in (None, *run.subjects)]:
+            (lang,) = set(run.langs) - {first}
+            if lang in parts:
+                notes.append(f"note: {lang} is that of another run, {run.name} is left out")
+            parts.setdefault(lang, [_by_question(run, first, subject)])
+        parts["mean"] = [part for found in parts.values() for part in found]
+        for label, found in parts.items():
+            rows.append([f"{subject or ''} {label}".strip()])
+            for column in (1, 2, 3):
+                rows[-1].append(_cell([(ids, old[column]) for ids, old, _ in found]))
+                rows[-1].append(_cell([(ids, new[column]) for ids, _, new in found], "+.1f"))
+    return _titled(runs[0], f"{first} and each language", rows, notes)
+
+
+def draw_directions(path: Path, runs: dict[str, Run]) -> bool:
+    """Figures 2 and 3: runs by their gamma or trust; False without matplotlib."""
+    if not (figure := _figure(10, 4)):
+        return False
+    base = next(iter(runs.values()))
+    tables = [base.base, *(run.trained for run in runs.values())]
+    found = [measure(table, base.base, base.gold, base.langs) for table in tables]
+    title = f"answers changed; CLC in green (base {percent(found[0]['clc'])})"
+    panels = [("accuracy", "accuracy", found, ["base", *runs]), (title, "changed", found[1:], runs)]
+    for axes, (title, what, shown, names) in zip(figure.subplots(1, 2), panels, strict=True):
+        width = 0.8 / len(base.langs)
+        for i, lang in enumerate(base.langs):
+            at = [n + (i + 0.5) * width - 0.4 for n in range(len(names))]
+            bars = axes.bar(
+                at, [100 * (each[what][lang] or 0) for each in shown], width, label=lang
+            )
+            axes.bar_label(bars, fmt="%.1f", fontsize=8)
+        axes.set(title=title, ylabel="per cent", xticks=range(len(names)), xticklabels=[*names])
+        axes.margins(y=0.2)  # room for what is written
+        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
+    for n, each in enumerate(found[1:]):
+        above = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
+        axes.text(n, 0.98, percent(each["clc"]), color="green", **above)
+    figure.supxlabel("gamma, or trust where it is not 1", fontsize=9)
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of so many inches; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> bool:
     """The CLC matrix and its change, if any, as in Figures 4 to 8; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     old, new = (100 * torch.tensor(each["clc_matrix"]) for each in (before, after or before))
     change, L = new - old, len(langs)
     old.fill_diagonal_(math.nan)
@@ -347,7 +533,8 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
     panels = [(title, old, ".1f", "viridis", 0, 100)]
     panels += [("change, points", change, "+.1f", "RdBu", -reach, reach)] * bool(after)
     side = max(3.2, 0.5 * L + 1)
-    figure = Figure(figsize=((side + 0.5) * len(panels), side + 0.4), layout="constrained")
+    if not (figure := _figure((side + 0.5) * len(panels), side + 0.4)):
+        return False
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, values, form, colours, low, high) in zip(grid, panels, strict=True):
         image = axes.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high)
@@ -364,10 +551,15 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare runs of train.py as Table 1 does")
+    parser = argparse.ArgumentParser(description="Put runs of train.py into the paper's tables")
     parser.add_argument("runs", nargs="+", help="their folders")
+    told = "the language that CLC-EN and A_EN are of (default: en, or else a run's first)"
+    parser.add_argument("--reference", default="", metavar="LANG", help=told)
+    told = "Figure 2, of runs that differ in gamma or trust alone (%(default)s)"
+    parser.add_argument("--plot", type=Path, default="directions.png", metavar="FILE", help=told)
+    given = parser.parse_args()
     try:
-        print(compare(parser.parse_args().runs))
+        print(compare(given.runs, given.reference, given.plot))
     except RunError as error:
         parser.error(str(error))
 

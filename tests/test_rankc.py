@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import statistics
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_clc_is_symmetric_with_ones_on_its_diagonal_and_the_mean_rankc_elsewhere
 )
 def test_rankc_refuses_nan_and_candidates_missing_in_one_language_only(a, b):
     with pytest.raises(ValueError):
-        rankc.rankc(torch.tensor([a], dtype=torch.float), torch.tensor([b], dtype=torch.float))
+        rankc.rankc(*(torch.tensor([[1.0, 2], x]) for x in (a, b)))  # after a sound question
 
 
 def test_accuracy_counts_a_tie_by_its_share_wherever_the_gold_answer_stands():
@@ -125,7 +126,7 @@ def test_entropy_of_a_uniform_guess_is_log_k_and_missing_candidates_do_not_count
 def test_a_report_counts_changes_agreement_and_the_entropy_of_right_and_wrong():
     base = torch.tensor([[[2.0, 0], [2, 0]], [[2, 0], [0, 2]]])  # en: 0 0; es: 0 1
     after = torch.tensor([[[2.0, 0], [2, 0]], [[2, 0], [9, 2]]])  # es: 0 0
-    report = rankc.measure(after, base, [0, 1], ["en", "es"])
+    report = rankc.measure(after, base, [0, 1], ["en", "es"], after)
     assert (
         report["changed"] == {"en": 0.0, "es": 0.5}
         and report["top1_agreement"] == 1.0
@@ -137,11 +138,34 @@ def test_a_report_counts_changes_agreement_and_the_entropy_of_right_and_wrong():
         "right": pytest.approx(nats[0]),
         "wrong": pytest.approx(sum(nats) / 2),
     }
-    assert rankc.measure(base, base, [0, 1], ["en", "es"])["top1_agreement"] == 0.5
+    spread = pytest.approx(statistics.stdev(nats))
+    assert report["entropy_std"] == {"right": 0, "wrong": spread}
+    assert rankc.measure(base, base, [0, 1], ["en", "es"], base)["top1_agreement"] == 0.5
+
+
+def test_clc_en_is_the_mean_over_pairs_with_english_or_else_the_first_language():
+    g = torch.Generator().manual_seed(3)
+    scores, logps = (torch.randn(30, 3, 5, generator=g).log_softmax(-1) for _ in range(2))
+    matrix = rankc.clc(scores)
+    found = rankc.measure(scores, scores, [0] * 30, ["es", "en", "sw"], logps - 1)
+    assert found["clc_en"] == pytest.approx((float(matrix[1, 0]) + float(matrix[1, 2])) / 2)
+    assert found["clc"] == pytest.approx(float(matrix[0, 1] + matrix[0, 2] + matrix[1, 2]) / 3)
+    assert "clc_es" in rankc.measure(scores, scores, [0] * 30, ["es", "fr", "sw"], logps)
+    # entropy and total probability are of the log-probs, whatever answers are ranked by
+    assert found["probability"] == pytest.approx(dict.fromkeys(["es", "en", "sw"], math.exp(-1)))
+    right = [
+        -sum(p * math.log(p) for p in logps[q, i].exp().tolist())
+        for q in range(30)
+        for i in range(3)
+        if int(scores[q, i].argmax()) == 0
+    ]
+    assert found["entropy"]["right"] == pytest.approx(statistics.mean(right), rel=1e-5)
+    assert found["entropy_std"]["right"] == pytest.approx(statistics.stdev(right), rel=1e-5)
 
 
 def test_a_report_without_gold_answers_has_no_accuracy_but_its_consistency():
-    report = rankc.measure(*[torch.randn(3, 2, 4)] * 2, [None] * 3, ["en", "es"])
+    scores = torch.randn(3, 2, 4)
+    report = rankc.measure(scores, scores, [None] * 3, ["en", "es"], scores)
     assert report["accuracy"] == {"en": None, "es": None} and report["clc"] > 0
     assert report["entropy"] == {"right": None, "wrong": None}
 
@@ -232,7 +256,8 @@ def test_a_report_by_subject_measures_each_subject_as_if_it_stood_alone():
     text = rankc.report({"test": every}, tables, ["en", "es"], metrics, by_subject=True)
     parts = metrics["test"]["subjects"]
     assert [parts[s]["questions"] for s in "abc"] == [2, 3, 4]
-    assert parts["b"]["trained"] == rankc.measure(after[2:5], base[2:5], [0] * 3, ["en", "es"])
+    alone = after[2:5], base[2:5], [0] * 3, ["en", "es"], after[2:5]
+    assert parts["b"]["trained"] == rankc.measure(*alone)
     old, new = (100 * parts["b"][name]["clc"] for name in ("base", "trained"))
     assert cells(text, "b")[:2] == ["3", f"{old:.1f} {new - old:+.1f}"]
     assert "subjects" not in rankc.report({"test": every}, tables, ["en", "es"], {})
@@ -265,9 +290,19 @@ def test_a_report_has_a_row_for_each_measure_and_language_and_is_narrow_for_any_
         assert cells(text, label) == [chance, *shown, f"{100 * (values[-1] - values[0]):+.1f}"]
     moved = [f"{100 * row[name]['changed']['c']:.1f}" for name in ("optimum", "trained")]
     assert cells(text, "answers changed c") == ["", "", *moved, ""]
-    nats = [row[name]["entropy"]["right"] for name in tables]
-    shown = [f"{x:.2f}" for x in nats] + [f"{nats[-1] - nats[0]:+.2f}"]
-    assert cells(text, "entropy of right answers, nats") == ["", *shown]
+    assert cells(text, "CLC-A")[1] == f"{100 * row['base']['clc_a']:.1f}"
+    mass = [row[name].get("probability", {}).get("c") for name in tables]
+    assert mass[1] is None  # pi* is normalised over the candidates
+    shown = [
+        f"{100 * mass[0]:.3g}",
+        "",
+        f"{100 * mass[2]:.3g}",
+        f"{100 * (mass[2] - mass[0]):+.3g}",
+    ]
+    assert cells(text, "probability of all answers c") == ["", *shown]
+    nats, spread = ([row[x][y]["right"] for x in tables] for y in ("entropy", "entropy_std"))
+    shown = [f"{x:.2f} ± {y:.2f}" for x, y in zip(nats, spread)] + [f"{nats[-1] - nats[0]:+.2f}"]
+    assert cells(text, "entropy where right, nats ± std") == ["", *shown]
     assert max(map(len, text.splitlines())) < 100
 
 
@@ -287,12 +322,15 @@ def test_rankc_refuses_scores_with_other_axes_than_questions_and_candidates(shap
 # ------------------------------------------------------------------------------------ the table
 
 
-def finished(folder, base, trained, model="base/model", gold=0, langs=("en", "es", "sw"), **more):
+def finished(
+    folder, base, trained, model="base/model", gold=0, langs=("en", "es", "sw"), subject="x", **more
+):
     """What a run leaves that a comparison reads; the tables are (Q, L, K)."""
     folder.mkdir()
     settings = {"model": model, "data": "jsonl:q", "langs": langs, "score": "sum", "seed": 0}
     (folder / "run.json").write_text(json.dumps({**settings, **more}))
-    splits = {"train": questions("t", gold=gold), "test": questions("x" * len(base), gold=gold)}
+    every = questions([subject] * len(base), gold=gold)
+    splits = {"train": questions("t", gold=gold), "test": every}
     tables = {
         name: {"train": table[:1], "test": table}
         for name, table in {"base": base, "trained": trained}.items()
@@ -323,22 +361,24 @@ def test_a_comparison_has_the_papers_columns_as_differences_to_the_base(tmp_path
         finished(tmp_path / "dco", base, second, gold=1),
     ]
     text = rankc.compare(map(str, folders))
-    assert "base/model on jsonl:q, 40 questions of the test split" in text
-    assert cells(text, "") == ["CLC_all", "A_EN", "A_notEN"]
+    assert "base/model on jsonl:q, the test split, scored by sum" in text
+    assert "en es sw, 40 questions" in text
+    assert cells(text, "") == ["CLC", "CLC-EN", "A_EN", "A_notEN"]
     gold = torch.ones(40, dtype=torch.long)
     a, b = torch.triu_indices(3, 3, 1)
     rows = {}
     for name, table in {"base": base, "sft": first, "dco": second}.items():
         right = rankc.accuracy(table, gold)
-        rows[name] = [100 * float(x) for x in (rankc.clc(table)[a, b].mean(), right[0],
+        matrix = rankc.clc(table)
+        rows[name] = [100 * float(x) for x in (matrix[a, b].mean(), matrix[0, 1:].mean(), right[0],
                                                right[1:].mean())]  # fmt: skip
-    assert cells(text, "base") == [f"{x:.1f}" for x in rows["base"]]
-    assert [float(x) for x in cells(text, "chance")] == [37.7, 25.0, 25.0]
+    assert [cell.split()[0] for cell in cells(text, "base")] == [f"{x:.1f}" for x in rows["base"]]
+    assert [float(x) for x in cells(text, "chance")] == [37.7, 37.7, 25.0, 25.0]
     for name in ("sft", "dco"):
         change = [new - old for new, old in zip(rows[name], rows["base"])]
         assert [cell.split()[0] for cell in cells(text, name)] == [f"{x:+.1f}" for x in change]
     moved = (second[:, 0].argmax(-1) == 1).double() - (base[:, 0].argmax(-1) == 1).double()
-    assert cells(text, "dco")[1].endswith(f"± {100 * float(moved.std()) / 40**0.5:.1f}")
+    assert cells(text, "dco")[2].endswith(f"± {100 * float(moved.std()) / 40**0.5:.1f}")
 
 
 def test_a_table_is_markdown_whose_cells_stand_below_each_other():
@@ -423,7 +463,9 @@ def test_runs_on_other_questions_stand_in_a_table_of_their_own(tmp_path, scored)
         finished(tmp_path / "c", base[:, 1:], first[:, 1:], langs=("es", "sw")),
     ]
     text = rankc.compare([*folders, tmp_path / "notes"])
-    assert text.count("CLC_all") == 3 and "A_notES" in text and "30 questions" in text
+    assert text.count("CLC-") == 3 and "A_notES" in text and "30 questions" in text
+    assert "a is not joined with b: other questions" in text
+    assert "c is not joined with a: langs ['es', 'sw'], not ['en', 'es', 'sw']" in text
     assert f"left out {tmp_path / 'notes'}: not a finished run" in text
     with pytest.raises(rankc.RunError, match="none of the folders is a finished run"):
         rankc.compare([tmp_path / "notes"])
@@ -431,8 +473,145 @@ def test_runs_on_other_questions_stand_in_a_table_of_their_own(tmp_path, scored)
 
 def test_without_gold_answers_a_comparison_has_consistency_alone(tmp_path, scored):
     text = rankc.compare([finished(tmp_path / "a", *scored[:2], gold=None)])
-    assert [bool(cell) for cell in cells(text, "base")] == [True, False, False]
-    assert [bool(cell) for cell in cells(text, "a")] == [True, False, False]
+    assert [bool(cell) for cell in cells(text, "base")] == [True, True, False, False]
+    assert [bool(cell) for cell in cells(text, "a")] == [True, True, False, False]
+
+
+# ------------------------------------------------------------- runs that are joined in one table
+
+
+def pairwise(folder, others=("es", "sw", "a"), Q=40, seed=5, **more):
+    """A run of English with each of these languages, and its two tables."""
+    g, runs = torch.Generator().manual_seed(seed), {}
+    folder.mkdir(exist_ok=True)
+    for lang in others:
+        tables = torch.randn(2, Q, 2, 4, generator=g)
+        finished(folder / f"en-{lang}", *tables, langs=("en", lang), **more)
+        runs[lang] = tables
+    return runs
+
+
+def columns(scores, gold=0):
+    """CLC and the two accuracies of each question: (Q, 3)."""
+    right = (scores.argmax(-1) == gold).double()
+    return torch.stack([rankc.rankc(scores[:, 0], scores[:, 1]), right[:, 0], right[:, 1]], 1)
+
+
+def shown(values, form=".1f"):
+    """Mean and standard error over questions, as a cell has them."""
+    error = statistics.stdev(values.tolist()) / len(values) ** 0.5
+    return f"{100 * float(values.mean()):{form}} ± {100 * error:.1f}"
+
+
+def test_runs_of_one_language_each_beside_english_are_joined_with_their_mean(tmp_path):
+    runs = pairwise(tmp_path / "runs")
+    text = rankc.compare(sorted((tmp_path / "runs").iterdir()), plot=tmp_path / "no.png")
+    names = [f"{x}{y}" for x in ("CLC-EN", "A_EN", "A") for y in ("", " change")]
+    assert cells(text, "") == names and text.count("CLC-EN change") == 1
+    every = []
+    for lang, (base, trained) in runs.items():
+        old, new = columns(base), columns(trained)
+        each = [(old[:, c], new[:, c] - old[:, c]) for c in range(3)]
+        assert cells(text, lang) == [
+            shown(values, form) for both in each for values, form in zip(both, (".1f", "+.1f"))
+        ]
+        every.append(torch.stack([torch.stack(both) for both in each]))
+    mean = torch.stack(every).mean(0)  # of each question over the runs, which share them
+    assert cells(text, "mean") == [
+        shown(values, form) for both in mean for values, form in zip(both, (".1f", "+.1f"))
+    ]
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_subjects_are_joined_each_by_itself_from_runs_that_tested_one_or_several(tmp_path):
+    g, runs = torch.Generator().manual_seed(6), {}
+    for lang, subjects in (("es", "law"), ("sw", "law"), ("es", "art"), ("sw", "art")):
+        tables = torch.randn(2, 30, 2, 4, generator=g)
+        folder = tmp_path / f"{subjects}-{lang}"
+        finished(folder, *tables, langs=("en", lang), test_subjects=[subjects], subject=subjects)
+        runs[subjects, lang] = tables
+    text = rankc.compare(sorted(tmp_path.iterdir()))
+    assert text.count("CLC-EN change") == 1
+    for (subject, lang), (base, trained) in runs.items():
+        old, new = columns(base), columns(trained)
+        found = cells(text, f"{subject} {lang}")
+        assert found[:2] == [shown(old[:, 0]), shown((new - old)[:, 0], "+.1f")]
+    both = torch.stack([columns(runs["law", lang][1]) for lang in ("es", "sw")]).mean(0)
+    base = torch.stack([columns(runs["law", lang][0]) for lang in ("es", "sw")]).mean(0)
+    assert cells(text, "law mean")[3] == shown((both - base)[:, 1], "+.1f")
+
+
+def test_runs_that_cannot_be_joined_are_named_with_what_differs(tmp_path):
+    pairwise(tmp_path / "r", ("es", "sw"), lr=1e-5)
+    pairwise(tmp_path / "r", ("a",), lr=1e-4, model="other")
+    pairwise(tmp_path / "r2", ("es",), lr=1e-5)
+    text = rankc.compare([*sorted((tmp_path / "r").iterdir()), tmp_path / "r2" / "en-es"])
+    assert (
+        "en-a is not joined with en-es: langs ['en', 'a'], not ['en', 'es']; lr 0.0001, not" in text
+    )
+    assert "model 'other', not 'base/model'" in text and text.count("is not joined") == 1
+    assert "note: es is that of another run, en-es is left out" in text
+    with pytest.raises(rankc.RunError, match="--reference fr: no run has it; they have a, en, es"):
+        rankc.compare(sorted((tmp_path / "r").iterdir()), "fr")
+    swapped = rankc.compare([tmp_path / "r" / "en-es"], "es")
+    assert cells(swapped, "")[1:3] == ["CLC-ES", "A_ES"]
+    one = rankc.compare([tmp_path / "r" / "en-es"])
+    assert cells(swapped, "base")[2:] == cells(one, "base")[:1:-1]
+
+
+@given(
+    st.lists(st.sets(st.integers(0, 12), min_size=2), min_size=1, max_size=4), st.integers(0, 99)
+)
+def test_the_error_of_a_mean_over_runs_is_that_of_a_sum_over_questions(sets, seed):
+    """The delta method by hand: what each question adds, over all the runs that have it."""
+    g, parts, added = torch.Generator().manual_seed(seed), [], {}
+    for ids in map(sorted, sets):
+        values = torch.randn(len(ids), generator=g, dtype=torch.double)
+        parts.append((list(map(str, ids)), values))
+        for id, x in zip(ids, values.tolist()):
+            part = (x - float(values.mean())) / len(ids) / len(sets)
+            added[id] = added.get(id, 0) + part
+    mean, error = rankc.mean_and_error(parts)
+    assert mean == pytest.approx(statistics.mean(float(v.mean()) for _, v in parts))
+    n = len(added)
+    assert error == pytest.approx(math.sqrt(n / (n - 1) * math.fsum(x * x for x in added.values())))
+    ids, values = parts[0]
+    plain = rankc.mean_and_error([([*ids, "?"], torch.cat([values, torch.tensor([math.nan])]))])
+    error = statistics.stdev(values.tolist()) / len(ids) ** 0.5
+    assert plain == pytest.approx((float(values.mean()), error))
+    assert rankc.mean_and_error([(["x"], torch.tensor([math.nan]))]) is None
+    assert math.isnan(rankc.mean_and_error([(["x"], torch.tensor([1.0]))])[1])
+
+
+def test_runs_that_differ_in_direction_alone_are_drawn_as_figure_2(tmp_path, scored, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="pictures need the [plot] extra")
+    drawn, (base, *others) = [], scored
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+    ways = [{"gamma": ["1", "1"]}, {"trust": ["en=10"]}]
+    folders = [
+        finished(tmp_path / name, base[:, :2], table[:, :2], langs=("en", "es"), **way)
+        for name, table, way in zip("ab", others, ways)
+    ]
+    sft = finished(tmp_path / "c", base[:, :2], others[0][:, :2], langs=("en", "es"), method="sft")
+    text = rankc.compare([sft, *folders], plot=tmp_path / "directions.png")
+    assert f"{tmp_path / 'directions.png'} shows a, b" in text
+    assert (tmp_path / "directions.png").read_bytes()[:4] == b"\x89PNG"
+    left, right = drawn[0].axes
+    assert [label.get_text() for label in left.get_xticklabels()] == ["base", "1, 1", "en=10"]
+    heights = [bar.get_height() for bar in left.patches]
+    tables = [base, *others]
+    wanted = [(table[:, i].argmax(-1) == 0).double().mean() for i in range(2) for table in tables]
+    assert heights == pytest.approx([100 * float(x) for x in wanted])
+    heights = [bar.get_height() for bar in right.patches]
+    before = base.argmax(-1)
+    moved = [(t.argmax(-1) != before)[:, i].double().mean() for i in range(2) for t in others]
+    assert heights == pytest.approx([100 * float(x) for x in moved])
+    green = [text.get_text() for text in right.texts if text.get_color() == "green"]
+    assert green == [f"{100 * float(rankc.clc(t[:, :2])[0, 1]):.1f}" for t in others]
+    assert len(drawn) == 1 and len(left.get_legend().get_texts()) == 2
 
 
 @pytest.mark.parametrize("languages", [2, 4, 17])
@@ -446,7 +625,7 @@ def test_the_picture_shows_every_pair_in_numbers_and_centres_the_change(
         figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
     )
     before, after = (
-        rankc.measure(*[torch.randn(20, languages, 5)] * 2, [0] * 20, langs) for _ in range(2)
+        rankc.measure(t, t, [0] * 20, langs, t) for t in torch.randn(2, 20, languages, 5)
     )
     for last, panels in ((after, 2), (None, 1)):
         assert rankc.draw_clc(tmp_path / "clc.png", before, last, langs)
