@@ -56,7 +56,8 @@ def split(
 
     Where subjects are named (section 6.3), each part takes its own; where they are named for one
     part only, the other takes the other subjects. Adding a language or a process changes neither
-    part. Raises InputError for a subject that is not there and if there are too few questions.
+    part, unless a loader drops questions for it (MMMLU's answer keys differ in a few): what stands
+    behind them moves up. Raises InputError for a subject that is not there or too few questions.
     """
     there, named = {q.subject for q in questions}, [set(train_subjects), set(test_subjects)]
     if unknown := set.union(*named) - there:

@@ -51,18 +51,20 @@ from data import InputError, Question, Tree
 LR = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
 # What --eval_only takes from the run that left --model, unless the command line says otherwise.
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
-OF_THE_RUN += "train_subjects test_subjects"
+OF_THE_RUN += "validation_questions train_subjects test_subjects"
 # Settings that may change where a run is resumed: they move nothing but rounding.
 FREE = "out resume save_every max_tokens gradient_checkpointing shard offload device timeout"
 UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
-    "candidates grad_clip gradient_checkpointing save_every",
-    "--method sft": "trust gamma objective candidates pairs_per_question beta",
-    "--method dpo": "trust gamma objective candidates",
-    "--method calm": "trust gamma objective candidates pairs_per_question",
+    "candidates pairs grad_clip gradient_checkpointing save_every",
+    "--method sft": "trust gamma objective candidates pairs pairs_per_question beta",
+    "--method dpo": "trust gamma objective candidates pairs",
+    "--method calm": "trust gamma objective candidates pairs pairs_per_question",
+    "--pairs gold": "candidates",
 }
 AT_LEAST = dict.fromkeys("max_tokens epochs batch_questions pairs_per_question".split(), 1)
-AT_LEAST |= {"candidates": 2, "save_every": 0, "grad_clip": 0, "warmup": 0}
+AT_LEAST |= dict.fromkeys("save_every grad_clip warmup validation_questions".split(), 0)
+AT_LEAST |= {"candidates": 2}
 
 
 def opt(default: Any, text: str) -> Any:
@@ -86,17 +88,23 @@ class Config:
     beta: float | None = opt(None, "strength of the KL term, Eq. 1 (default: 1; dpo and calm: 0.1)")
     trust: list[str] | None = opt(None, "LANG=WEIGHT where it is not 1; a trusted one moves less")
     gamma: list[str] | None = opt(None, "instead: gamma_1 gamma_2 of Eq. 6, or a JSON matrix")
-    lr: float | None = opt(None, "learning rate (App. G: dco 1e-5, sft 5e-7, dpo and calm 5e-6)")
+    lr: float | None = opt(
+        None,
+        "learning rate (App. G: dco 1e-5, and 1e-6 for Gemma on X-CSQA; sft 5e-7; dpo and calm "
+        "5e-6. The authors' release has 1e-6 for Llama 3.1 8B on X-CSQA, too)",
+    )
     schedule: Literal["linear", "cosine", "constant"] = opt("linear", "of the learning rate")
     warmup: float = opt(0.0, "share of the steps in which the learning rate rises")
     epochs: int | None = opt(None, "passes over the training questions (default: 1)")
     batch_questions: int | None = opt(None, "questions a step, over all processes (default: 4)")
     pairs_per_question: int | None = opt(None, "draws from each question (App. H: 1; X-CSQA: 7)")
     candidates: int | None = opt(None, "candidates in a draw, or all there are (default: 2)")
+    pairs: Literal["random", "gold"] = opt("random", "dco's draws; gold: as dpo's (section 6.1)")
     seed: int = opt(0, "seed of the draws, their order and the embedded model")
     grad_clip: float = opt(1.0, "largest gradient norm; 0 for none")
     train_questions: int | None = opt(None, "to train on (App. H: 5000; X-CSQA: 800; atlas: 160)")
     test_questions: int | None = opt(None, "held-out questions (default: all others)")
+    validation_questions: int | None = opt(None, "of neither part, to choose trust by (default: 0)")
     train_subjects: list[str] | None = opt(None, "train on these subjects alone (section 6.3)")
     test_subjects: list[str] | None = opt(None, "report on these subjects; each has its row")
     split_seed: int | None = opt(None, "seed of the split (default: 0)")
@@ -119,17 +127,19 @@ class Config:
         found = dict.fromkeys(["trust", "gamma", "train_subjects", "test_subjects"], [])
         found |= {"data": "atlas", "langs": ["en", "fr", "es", "sw"], "split_seed": 0}
         found |= {"lr": LR[method], "epochs": 1, "batch_questions": 4, "candidates": 2}
-        found["score"] = "sum"
+        found |= {"score": "sum", "validation_questions": 0}
         found["device"] = "cuda" if self.model and torch.cuda.is_available() else "cpu"
         found["dtype"] = "bfloat16" if (self.device or found["device"]) == "cuda" else "float32"
         object.__setattr__(self, "shard", self.shard or self.offload)
         found["beta"] = 0.1 if method in ("dpo", "calm") else 1.0  # as usual: the paper gives none
         found["pairs_per_question"] = 7 if xcsqa and method in ("dco", "dpo") else 1  # App. H
+        if xcsqa and method == "dco" and self.lr is None and is_gemma(self.model):
+            found["lr"] = 1e-6
         if not self.model:  # a tiny model takes more steps, and thirty times the paper's rate
             found |= {"lr": 30 * LR[method], "epochs": 11, "batch_questions": 8}
         if not self.model and method == "dco":
             english = "en" in (self.langs or ["en"]) and not self.gamma
-            found |= {"candidates": 6, "trust": ["en=2"] * english}
+            found |= {"candidates": 2 if self.pairs == "gold" else 6, "trust": ["en=2"] * english}
         for name, value in found.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -142,8 +152,17 @@ class Config:
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name} {getattr(self, name)}: must be positive and finite")
         what = "--eval_only" if self.eval_only else f"--method {method}"
-        if unused := given & set(UNUSED.get(what, "").split()):
-            raise InputError(f"--{min(unused)}: {what} has no use of it; leave it out")
+        for what in (what, f"--pairs {self.pairs}"):
+            if unused := given & set(UNUSED.get(what, "").split()):
+                raise InputError(f"--{min(unused)}: {what} has no use of it; leave it out")
+
+
+def is_gemma(name: str) -> bool:
+    """Whether a model's config.json names it a Gemma; False where there is none to read."""
+    with suppress(OSError, ValueError):
+        found, _ = transformers.PretrainedConfig.get_config_dict(name)
+        return str(found.get("model_type", "")).startswith("gemma")
+    return False
 
 
 def parse_config() -> Config:
@@ -227,16 +246,16 @@ def select_candidates(question: Question, ref_logps: Tensor, number: int, config
     if config.method == "calm":  # the only one to look at ref_logps, (L, K)
         winner, own = dco.majority_vote(ref_logps)[0].expand(L), ref_logps.argmax(-1)
         return torch.stack([winner, own], -1), (own != winner).nonzero()[:, 0].tolist()
-    if config.method == "dco":
+    if config.method == "dco" and config.pairs == "random":
         chosen = data.sample(question, config.candidates, number, config.seed)
-        if config.objective == "pairwise":  # Eq. 11 between two; not Eq. 15 where L > 2
-            rng = random.Random(f"pair/{config.seed}/{question.id}/{number}")
-            trained = sorted(rng.sample(trained, 2))
     else:
         chosen = [question.gold]
-        if config.method == "dpo":
+        if config.method != "sft":
             order = data.sample(question, K, number, config.seed)
             chosen.append(next(k for k in order if k != question.gold))
+    if config.objective == "pairwise":  # Eq. 11 between two; not Eq. 15 where L > 2
+        rng = random.Random(f"pair/{config.seed}/{question.id}/{number}")
+        trained = sorted(rng.sample(trained, 2))
     return torch.tensor(chosen).expand(L, -1), trained
 
 
@@ -415,6 +434,12 @@ def step_metrics(
     name, unit = ("residual", config.beta) if config.method == "dco" else ("loss", 1.0)
     mean = losses.sum(0) / used.sum(0).clamp(min=1) / unit  # (L,) a residual is in nats
     found |= {f"{name}/{lang}": float(x) for lang, x in zip(config.langs, mean, strict=True)}
+    for name, nats in (("probability", logps), ("probability_ref", ref)):  # of all answers drawn
+        mass = (nats.exp() * ref.isfinite()).sum(-1)  # (B, L)
+        each = enumerate(config.langs)
+        found |= {
+            f"{name}/{x}": float(mass[used[:, i], i].mean()) for i, x in each if used[:, i].any()
+        }
     if config.method == "sft":
         return found
     r_hat = dco.implicit_reward(logps, ref, config.beta)
@@ -542,7 +567,11 @@ def progress(steps: Iterable, desc: str, total: int, done: int = 0) -> tqdm:
 
 # ------------------------------------------------------------------------------ loading and scoring
 def load_splits(config: Config) -> rankc.Splits:
-    """The questions of "train" and "test"; an empty split is left out. Raises InputError."""
+    """The questions of "train", "validation" and "test", but for what is empty.
+
+    Validation takes the questions after those of the test, so that it changes neither other part.
+    Raises InputError.
+    """
     questions, kind = data.load(config.data, config.langs, print0), config.data.partition(":")[0]
     number, subjects = config.train_questions, (config.train_subjects, config.test_subjects)
     if number is None and not config.train_subjects:
@@ -552,14 +581,24 @@ def load_splits(config: Config) -> rankc.Splits:
             raise InputError(f"--train_questions: {asked}")
         if config.test_subjects:
             number = min(number, sum(q.subject not in config.test_subjects for q in questions))
-    parts = data.split(questions, number, config.test_questions, config.split_seed, *subjects)
-    splits = {name: part for name, part in zip(("train", "test"), parts, strict=True) if part}
+    more, end = config.validation_questions, config.test_questions
+    data.split(questions, number, end, config.split_seed, *subjects)  # raises if there are too few
+    train, rest = data.split(questions, number, None, config.split_seed, *subjects)
+    if more > (left := max(0, len(rest) - (1 if end is None else end))):
+        others = "are left by the training part and the test's" + ", of one at least" * (
+            end is None
+        )
+        raise InputError(f"--validation_questions {more}: only {left} {others}")
+    end = len(rest) - more if end is None else end
+    splits = {"train": train, "validation": rest[end : end + more], "test": rest[:end]}
+    splits = {name: part for name, part in splits.items() if part}
     if "train" not in splits and not config.eval_only:
         raise InputError("--train_questions 0: there is nothing to train on")
     unlabelled = [question.id for question in splits.get("train", []) if question.gold is None]
-    if unlabelled and config.method in ("sft", "dpo"):
+    if unlabelled and (config.method in ("sft", "dpo") or config.pairs == "gold"):
         lack = f"which {len(unlabelled)} training questions lack, {unlabelled[0]!r} first"
-        raise InputError(f"--method {config.method} learns from right answers, {lack}")
+        flag = "--pairs gold" if config.method == "dco" else f"--method {config.method}"
+        raise InputError(f"{flag} learns from right answers, {lack}")
     return splits
 
 
@@ -1053,11 +1092,13 @@ def main() -> None:
     lap("reference")
     base = ranked(ref_logps)
     reach = partial(dco.optimal_policy, gamma=gamma, beta=config.beta)  # what DCO can reach
-    tables = {"base": base, "optimum": {s: reach(t.double()) for s, t in ref_logps.items()}}
+    reached = "joint " * (config.objective == "pairwise" and len(langs) > 2) + "optimum"
+    sums = {"base": ref_logps, reached: {s: reach(t.double()) for s, t in ref_logps.items()}}
+    tables = {**sums, "base": base}
     sizes = [question.K for questions in splits.values() for question in questions]
     metrics = {"languages": langs, "chance": rankc.chance_levels(sizes)[0]}
     by_subject = bool(config.train_subjects or config.test_subjects)
-    print0(rankc.report(splits, tables, langs, metrics, by_subject) + "\n")
+    print0(rankc.report(splits, tables, langs, metrics, by_subject, sums) + "\n")
     last = list(splits)[-1]
     if not config.eval_only:
         questions, rows, ref = splits["train"], trees["train"], ref_logps["train"]
@@ -1083,14 +1124,15 @@ def main() -> None:
         lap("train")
         save_model(model, tokenizer, out)
         lap("save")
-        tables["trained"] = ranked(score_splits("evaluate"))
+        sums["trained"] = score_splits("evaluate")
+        tables["trained"] = ranked(sums["trained"])
         lap("evaluate")
-        print0(rankc.report(splits, tables, langs, metrics, by_subject))
+        print0(rankc.report(splits, tables, langs, metrics, by_subject, sums))
         print0(f"\nanswers that changed in {last}, the first few questions:")
         print0(changes(splits[last], base[last], tables["trained"][last], langs))
     if rank == 0:
         metrics["seconds"] = seconds
-        del tables["optimum"]  # it can be computed again
+        del tables[reached]  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
         before, after = (metrics[last].get(name) for name in ("base", "trained"))
         if not rankc.draw_clc(out / "clc.png", before, after, langs):

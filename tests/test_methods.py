@@ -119,6 +119,22 @@ def test_dpo_prefers_gold_over_another_that_all_languages_share_and_sft_takes_go
     assert used == [0, 1, 2] and only.tolist() == [[gold]] * 3
 
 
+@given(st.integers(2, 4), st.integers(0, 50), st.integers(0, 6))
+def test_dco_may_draw_exactly_as_dpo_does(K, seed, number):
+    """Section 6.1: DPO, then DCO on the same instances."""
+    table = torch.zeros(3, K)
+    draws = [
+        train.select_candidates(
+            question(3, K, 1), table, number, config(3, method, seed=seed, **more)
+        )
+        for method, more in (("dpo", {}), ("dco", {"pairs": "gold"}))
+    ]
+    assert torch.equal(draws[0][0], draws[1][0]) and draws[0][1] == draws[1][1]
+    pairwise = config(3, "dco", seed=seed, pairs="gold", objective="pairwise")
+    chosen, trained = train.select_candidates(question(3, K, 1), table, number, pairwise)
+    assert torch.equal(chosen, draws[0][0]) and len(trained) == 2
+
+
 def test_the_other_answer_of_dpo_is_each_as_often():
     other = Counter(
         int(

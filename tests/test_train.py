@@ -91,14 +91,19 @@ def test_the_first_loss_is_the_closed_form_in_the_reference_margins(alone):
 
     draws = [(q, 0) for q in range(7)]
     random.Random("order/0/0").shuffle(draws)
-    total = 0.0
+    total = mass = 0.0
     for q, _ in draws[:3]:
         w, l = data.sample(order[q], 2, 0, 0)  # noqa: E741
         margins = {lang: nats[w] - nats[l] for lang, nats in lines[order[q].id].items()}
+        mass += sum(math.exp(lines[order[q].id]["es"][k]) for k in (w, l))
         total += sum(
             abs(sum(m for other, m in margins.items() if other != lang)) for lang in margins
         )
     assert first["loss"] == pytest.approx(total / 3, rel=1e-4)
+    for name in ("probability/es", "probability_ref/es"):  # of both answers: before the first step
+        assert first[name] == pytest.approx(mass / 3, rel=1e-4)
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert last["probability/es"] != last["probability_ref/es"]
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "calm"])
@@ -143,14 +148,18 @@ def test_the_first_loss_of_a_method_is_its_closed_form_and_processes_change_noth
     assert_same(world / f"{method}-ranks", out)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_a_method_that_needs_gold_names_a_question_without(world, tmp_path, method):
+@pytest.mark.parametrize("how", [("--method", "sft"), ("--method", "dpo"), ("--pairs", "gold")])
+def test_a_method_that_needs_gold_names_a_question_without(world, tmp_path, how):
     lines = [json.loads(line) for line in (world / "q.jsonl").read_text().splitlines()]
     del lines[3]["gold"]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    more = ("--data", f"jsonl:{tmp_path / 'q.jsonl'}", "--train_questions", 11, "--method", method)
+    more = ("--data", f"jsonl:{tmp_path / 'q.jsonl'}", "--train_questions", 11, *how)
     text = train(world, tmp_path / "out", *more, fails=True)
-    assert "which 1 training questions lack, '3' first" in text and "Traceback" not in text
+    assert (
+        f"{' '.join(how)} learns from right answers, which 1 training questions lack, '3' first"
+        in text
+        and "Traceback" not in text
+    )
 
 
 def test_calm_says_so_where_the_languages_agree_on_everything(world, tmp_path):
@@ -170,7 +179,7 @@ def test_dpo_then_dco_by_subject_stand_in_one_table_with_what_their_metrics_say(
     """Trained on one subject, reported on two, the second run from the first; then Table 1."""
     more = ["--train_subjects", "odd", "--train_questions", 3, "--test_subjects", "even", "odd"]
     train(world, world / "first", *more, "--method", "dpo")
-    text = train(world, world / "second", *more, "--model", world / "first")
+    text = train(world, world / "second", *more, "--model", world / "first", "--pairs", "gold")
     first, second = (
         json.loads((world / name / "metrics.json").read_text()) for name in ("first", "second")
     )
@@ -184,7 +193,7 @@ def test_dpo_then_dco_by_subject_stand_in_one_table_with_what_their_metrics_say(
     cells = {line.split("|")[1].strip(): line.split("|")[2].split() for line in
              table.splitlines() if line.startswith("|")}  # fmt: skip
     began = first["test"]["base"]["clc"]
-    assert cells["base"] == [f"{100 * began:.1f}"] and table.count("CLC_all") == 1
+    assert cells["base"][0] == f"{100 * began:.1f}" and table.count("CLC-EN") == 1
     for name, metrics in (("first", first), ("second", second)):
         assert cells[name][0] == f"{100 * (metrics['test']['trained']['clc'] - began):+.1f}"
     judge = ("--eval_only", "--model", world / "second", "--out", world / "judged-parts")
@@ -208,13 +217,14 @@ def test_the_run_json_of_another_program_is_refused(world, tmp_path, text):
 def test_score_mean_ranks_by_the_mean_over_an_answers_tokens_and_leaves_training_and_pi_star(world):
     from transformers import AutoTokenizer
 
-    rows, logs, optimum = {}, {}, {}
+    rows, logs, optimum, base = {}, {}, {}, {}
     for how in ("sum", "mean"):
         out = world / f"by-{how}"
         train(world, out, "--score", how)
         lines = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
         rows[how], logs[how] = list(lines), (out / "log.jsonl").read_text()
-        optimum[how] = json.loads((out / "metrics.json").read_text())["test"]["optimum"]["clc"]
+        found = json.loads((out / "metrics.json").read_text())["test"]
+        optimum[how], base[how] = found["optimum"]["clc"], found["base"]
     assert logs["sum"] == logs["mean"] and optimum["sum"] == optimum["mean"] == pytest.approx(1)
     tokenizer, numbers = AutoTokenizer.from_pretrained(world / "model"), set()
     size = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
@@ -226,6 +236,16 @@ def test_score_mean_ranks_by_the_mean_over_an_answers_tokens_and_leaves_training
                 wanted = [x / n for x, n in zip(total[table][lang], counts, strict=True)]
                 assert mean[table][lang] == pytest.approx(wanted, rel=1e-5)
     assert len(numbers) > 1
+    assert base["sum"]["probability"] == base["mean"]["probability"]
+    nats = {how: entropies(found, 4) for how, found in base.items()}
+    assert nats["sum"] == pytest.approx(nats["mean"])  # of log-probs, whatever answers rank by
+
+
+def entropies(found, questions):
+    """The sum over right and wrong answers, which is free of which they are."""
+    right = sum(found["accuracy"].values()) * questions
+    wrong = len(found["accuracy"]) * questions - right
+    return right * (found["entropy"]["right"] or 0) + wrong * (found["entropy"]["wrong"] or 0)
 
 
 SPLITS = [(1, "--shard"), (3, "--max_tokens", 100), (3, "--max_tokens", 1)]
@@ -324,8 +344,14 @@ def test_the_pairwise_objective_trains_two_languages_a_question_and_is_joint_for
     assert 0.0 in [
         line[f"residual/{lang}"] for line in log for lang in ("en", "es", "fr")
     ]  # the last has one question
+    assert {"base", "joint optimum"} < set(
+        json.loads((world / "pairs" / "metrics.json").read_text())["test"]
+    )
     for objective in ("joint", "pairwise"):
-        train(world, world / f"two-{objective}", "--langs", "en", "fr", "--objective", objective)
+        text = train(
+            world, world / f"two-{objective}", "--langs", "en", "fr", "--objective", objective
+        )
+        assert "joint optimum" not in text and "optimum" in text
     assert_same(world / "two-joint", world / "two-pairwise")
 
 
@@ -422,9 +448,12 @@ def test_eval_only_takes_the_runs_trust_and_gives_way_to_another_direction(world
 def test_eval_only_judges_any_model_on_the_questions_that_are_named(world, tmp_path):
     named = ("--model", world / "model", "--data", f"jsonl:{world / 'q.jsonl'}", "--device", "cpu")
     more = ("--langs", "en", "es", "--out", tmp_path / "out")
-    launch("train.py", "--eval_only", *named, *more, processes=2)
+    text = launch(
+        "train.py", "--eval_only", *named, *more, "--validation_questions", 4, processes=2
+    )
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["test"]["questions"] == 11 and "train" not in metrics
+    assert metrics["test"]["questions"] == 7 and "train" not in metrics
+    assert metrics["validation"]["questions"] == 4 and "validation, 4 questions" in text
     text = launch("train.py", "--eval_only", *named, *more, "--lr", "1e-5", fails=True)
     assert "--lr: --eval_only has no use of it" in text
 
@@ -462,6 +491,8 @@ BAD = [
     (["--method", "ppo"], "invalid choice"),
     (["--method", "calm", "--langs", "en", "es"], "--langs en es: calm takes 3 languages or more"),
     (["--method", "dpo", "--candidates", "3"], "--candidates: --method dpo has no use of it"),
+    (["--pairs", "gold", "--candidates", "3"], "--candidates: --pairs gold has no use of it"),
+    (["--method", "dpo", "--pairs", "gold"], "--pairs: --method dpo has no use of it"),
     (["--method", "sft", "--trust", "en=2"], "--trust: --method sft has no use of it"),
     (["--method", "sft", "--beta", "2"], "--beta: --method sft has no use of it"),
     (["--method", "calm", "--gamma", "[[0,1,1],[1,0,1],[1,1,0]]"], "--gamma: --method calm has"),
@@ -522,6 +553,48 @@ def test_the_embedded_defaults_give_way_to_what_is_asked():
     assert train.Config(langs=["fr", "es"]).trust == []
     assert train.Config(gamma=["0.1", "10"]).trust == []
     assert train.Config(method="dpo").trust == []
+
+
+def test_a_validation_part_changes_neither_other_part(world):
+    import train
+
+    settings = {"model": "m", "data": f"jsonl:{world / 'q.jsonl'}", "langs": ["en", "es"]}
+
+    def parts(**more):
+        found = train.load_splits(train.Config(**settings, train_questions=4, **more))
+        return {name: [question.id for question in part] for name, part in found.items()}
+
+    plain, more = parts(test_questions=3), parts(test_questions=3, validation_questions=2)
+    assert {name: more[name] for name in ("train", "test")} == plain
+    assert len(more["validation"]) == 2 and list(more)[-1] == "test"
+    assert not {*more["validation"]} & {*plain["train"], *plain["test"]}
+    every = parts(validation_questions=2)
+    assert (
+        every["train"] == plain["train"] and every["test"] + every["validation"] == parts()["test"]
+    )
+    with pytest.raises(
+        train.InputError, match="--validation_questions 7: only 6 are left .* of one at least"
+    ):
+        parts(validation_questions=7)
+    with pytest.raises(train.InputError, match="--validation_questions 5: only 4 are left by"):
+        parts(test_questions=3, validation_questions=5)
+
+
+def test_gemma_on_xcsqa_has_the_rate_of_app_g_unless_told_otherwise(tmp_path):
+    import train
+
+    rates = {}
+    for kind in ("gemma3", "gemma3_text", "llama"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind}))
+        for place in ("xcsqa:DIR", "bmlama:DIR"):
+            for method in ("dco", "dpo"):
+                config = train.Config(model=str(tmp_path / kind), data=place, method=method)
+                rates[kind, place[:1], method] = config.lr
+    slow = {key for key, rate in rates.items() if rate == 1e-6}
+    assert slow == {("gemma3", "x", "dco"), ("gemma3_text", "x", "dco")}
+    assert {rates[key] for key in rates.keys() - slow} == {1e-5, 5e-6}
+    assert train.Config(model=str(tmp_path / "gemma3"), data="xcsqa:DIR", lr=2e-5).lr == 2e-5
 
 
 @pytest.mark.parametrize(
