@@ -33,9 +33,8 @@ def align_reward(ref_logps: Tensor, gamma: Tensor) -> Tensor:
         raise ValueError(f"gamma is {tuple(gamma.shape)}, but ref_logps has {languages} languages")
     if gamma.diagonal().any():
         raise ValueError("gamma_ii must be 0: a language is no expert in its own reward (App. E)")
-    missing = torch.isneginf(ref_logps).any(-2, keepdim=True)  # (..., 1, K); 0 * -inf would be NaN
-    reward = gamma.to(ref_logps) @ ref_logps.masked_fill(missing, 0.0)  # Eq. 15
-    return reward.masked_fill(missing, -torch.inf)
+    reward = gamma.to(ref_logps) @ ref_logps  # Eq. 15; 0 * -inf is NaN where one is missing
+    return reward.masked_fill(torch.isneginf(ref_logps).any(-2, keepdim=True), -torch.inf)
 
 
 def optimal_policy(ref_logps: Tensor, gamma: Tensor, beta: float) -> Tensor:

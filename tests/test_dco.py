@@ -140,6 +140,15 @@ def test_the_reward_of_eq_15_sums_the_other_languages_and_not_its_own():
         torch.testing.assert_close(reward[:, i], by_hand, rtol=1e-6, atol=1e-6)
 
 
+def test_a_candidate_that_one_language_lacks_is_missing_in_all():
+    ref, gamma = table(0, 4, 3, 5), torch.rand(3, 3).fill_diagonal_(0)
+    whole = dco.align_reward(ref, gamma)
+    ref[:, 1, 2] = -torch.inf
+    reward = dco.align_reward(ref, gamma)
+    assert reward[..., 2].isneginf().all()
+    torch.testing.assert_close(reward[..., [0, 1, 3, 4]], whole[..., [0, 1, 3, 4]])
+
+
 @given(st.integers(0, 10**6), positive, positive)
 def test_the_optimal_policy_is_the_product_of_experts_of_eq_9(seed, gamma_1, beta):
     ref, gamma_2 = table(seed, 2, 4), 1.7
@@ -177,6 +186,11 @@ def test_consistency_needs_rank_one_with_positive_entries():
     assert not dco.is_consistent(torch.tensor([[0, 4.0], [1.0, 0]]), 1.0)
     ones = torch.ones(3, 3).fill_diagonal_(0)
     assert dco.is_consistent(ones, 1.0) and not dco.is_consistent(ones, 2.0)
+    assert not dco.is_consistent(torch.tensor([[0, 1, 1], [1, 0, 1], [5.0, 1, 0]]), 1.0)
+    w = torch.tensor([1.0, -1, 2])
+    assert not dco.is_consistent((w / w[:, None]).fill_diagonal_(0), 1.0)
+    assert not dco.is_consistent(torch.tensor([[0, 1 + 1e-4], [1, 0]]), 1.0)
+    assert dco.is_consistent(torch.tensor([[0, 1 + 1e-6], [1, 0]]), 1.0)
     assert not dco.is_consistent(
         -ones[:2, :2], 1.0
     )  # rank one, and it turns one language's ranking round
@@ -238,6 +252,7 @@ def test_sft_is_the_negative_log_likelihood():
     [
         (lambda: dco.align_reward(torch.zeros(2, 3), torch.zeros(3, 3)), "has 2 languages"),
         (lambda: dco.align_reward(torch.zeros(2, 3), torch.eye(2)), "gamma_ii must be 0"),
+        (lambda: dco.align_reward(torch.zeros(2, 3), torch.tensor([[0, 1], [1, 1.0]])), "gamma_ii"),
         (lambda: dco.dco_loss(*[torch.zeros(3, 1)] * 3, 1.0), "two or more"),
         (lambda: dco.gamma_from_trust(torch.tensor([1.0, 0.0]), 1.0), "positive"),
         (lambda: dco.gamma_from_trust(torch.tensor([1.0, -1.0]), 1.0), "positive"),
