@@ -4,15 +4,18 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import data
+import rankc
 import reading
 import theory.__main__
 import train
@@ -43,7 +46,7 @@ def flags(capsys, monkeypatch):
     import kill_loop
 
     fields = dataclasses.fields(train.Config)
-    texts = [helped(main, capsys, monkeypatch) for main in (bench.main, kill_loop.main)]
+    texts = [helped(main, capsys, monkeypatch) for main in (bench.main, kill_loop.main, rankc.main)]
     texts += [helped(theory.__main__.main, capsys, monkeypatch), get_args_parser().format_help()]
     found = {flag for text in texts for flag in re.findall(r"--([a-z][\w-]*)", text)}
     return {flag.replace("-", "_") for flag in found} | {field.name for field in fields}
@@ -165,6 +168,17 @@ def test_the_worked_example_prints_what_the_readme_says():
     assert done.stdout == re.sub("^    ", "", printed, flags=re.M)
 
 
+def test_rows_with_candidates_as_python_lists_become_jsonl_as_the_readme_shows(tmp_path):
+    (code,) = re.findall(r"  ```python\n(  for number, rows.*?)  ```", README, re.S)
+    row = {"Prompt": "Q?", "Ans": "B", "Candidate Ans": "['A', 'B', \"C'\"]"}
+    copies = {"en": [row] * 2, "es": [{**row, "Prompt": "¿Q?"}] * 2}
+    with open(tmp_path / "q.jsonl", "w") as out:
+        exec(textwrap.dedent(code), {"ast": ast, "json": json, "copies": copies, "out": out})
+    first, second = data.load(f"jsonl:{tmp_path / 'q.jsonl'}", ["en", "es"])
+    assert (second.id, second.gold, first.prompts["es"]) == ("1", 1, "¿Q?")
+    assert first.answers["en"] == (" A", " B", " C'")
+
+
 # -------------------------------------------------------------------------------- what it runs
 
 SMALL = ["--train_questions", "3", "--test_questions", "2", "--device", "cpu"]
@@ -216,9 +230,8 @@ def test_every_command_in_the_readme_runs(tmp_path, monkeypatch):
         else:
             at = next(n for n, part in enumerate(arguments) if part.endswith(".py"))
             script, *arguments = arguments[at:]
-            if "runs/*" in arguments:
-                at = arguments.index("runs/*")
-                arguments[at : at + 1] = sorted(map(str, Path("runs").iterdir()))
+            if script == "rankc.py":
+                arguments = sorted(map(str, Path("runs").glob(Path(arguments[0]).name)))
             elif not Path(arguments[arguments.index("--model") + 1]).is_dir():
                 arguments += ["--model", "data/model", *SMALL]  # not DIR, nor a name of the hub
             else:

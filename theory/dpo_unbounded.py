@@ -9,7 +9,7 @@ the labels prefers the first of two, the slope is sigmoid(m) - p, and m = log p 
 answers m is the Bradley-Terry reward's, and the policy is Eq. 2 of that reward (sec. 3: DPO ends
 where a reward model and RL do). So what is unbounded is a *gold* label, never contradicted.
 App. F's sigmoid(beta (r-hat - r-hat)) has a beta too many, for r-hat holds it (Eqs. 4, 13). Without
-it, sigmoid of DCO's margin is sigmoid(gamma_1 log pi_REF,2(w) / pi_REF,2(l)) "exactly", as is said.
+it, sigmoid of DCO's margin is sigmoid(gamma_1 log pi_REF,2(w) / pi_REF,2(l)); App. F lacks gamma_1.
 """
 
 from collections.abc import Callable, Iterator
