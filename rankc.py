@@ -220,7 +220,7 @@ def report(
             add(f"answers changed {lang}", None, [None, *moved])
         for lang in langs:
             mass = [each.get("probability", {}).get(lang) for each in every]
-            add(f"probability of all answers {lang}", None, mass, form=".3g")
+            add(f"probability of all answers {lang}", None, mass, form=".2g")
         for kind in ("right", "wrong"):
             nats, spread = ([each[x][kind] for each in every] for x in ("entropy", "entropy_std"))
             add(f"entropy where {kind}, nats ± std", None, nats, 1, ".2f", spread)

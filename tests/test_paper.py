@@ -81,6 +81,22 @@ def test_out_of_domain_clc_rises_by_eleven_points_in_four_subjects_and_by_three_
     assert rises[4] == pytest.approx(3.09, abs=0.01) and mean(rises) < 9.5
 
 
+def test_dpo_is_ahead_of_dco_in_four_of_five_models_which_the_abstract_passes_over(paper):
+    assert "outperforms existing methods" in paper
+    found = methods(paper)
+    ahead = [model for model in found["dco"] if found["dpo"][model][0] > found["dco"][model][0]]
+    assert len(ahead) == 4 and "aya-expanse-8b" not in ahead
+    for other in ("sft", "calm"):
+        assert all(found["dco"][m][0] > found[other][m][0] for m in found["dco"])
+
+
+def test_the_tables_name_27_languages_where_26_are_said(paper):
+    assert "covering 26 languages" in paper
+    headers = re.findall(r"^(?:Domain|)((?:\t(?:[A-Z]{2}|ко))+)$", paper, re.M)
+    found = {lang for header in headers for lang in header.split() if lang.isascii()} | {"EN"}
+    assert len(found) == 27 and "BN" in found  # Bengali, in Tables 11 and 12 alone
+
+
 def test_the_smallest_of_the_nine_models_is_below_the_4b_that_is_said(paper):
     assert "sizes ranging from 4B to 14B" in paper and "llama3.2-3b" in models(paper, 6)
     assert len(models(paper, 6)) == 9

@@ -294,10 +294,10 @@ def test_a_report_has_a_row_for_each_measure_and_language_and_is_narrow_for_any_
     mass = [row[name].get("probability", {}).get("c") for name in tables]
     assert mass[1] is None  # pi* is normalised over the candidates
     shown = [
-        f"{100 * mass[0]:.3g}",
+        f"{100 * mass[0]:.2g}",
         "",
-        f"{100 * mass[2]:.3g}",
-        f"{100 * (mass[2] - mass[0]):+.3g}",
+        f"{100 * mass[2]:.2g}",
+        f"{100 * (mass[2] - mass[0]):+.2g}",
     ]
     assert cells(text, "probability of all answers c") == ["", *shown]
     nats, spread = ([row[x][y]["right"] for x in tables] for y in ("entropy", "entropy_std"))

@@ -169,7 +169,7 @@ def test_the_worked_example_prints_what_the_readme_says():
 
 
 def test_rows_with_candidates_as_python_lists_become_jsonl_as_the_readme_shows(tmp_path):
-    (code,) = re.findall(r"  ```python\n(  for number, rows.*?)  ```", README, re.S)
+    (code,) = re.findall(r"  ```python\n(  # copies.*?)  ```", README, re.S)
     row = {"Prompt": "Q?", "Ans": "B", "Candidate Ans": "['A', 'B', \"C'\"]"}
     copies = {"en": [row] * 2, "es": [{**row, "Prompt": "¿Q?"}] * 2}
     with open(tmp_path / "q.jsonl", "w") as out:
