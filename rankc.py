@@ -328,7 +328,7 @@ def read_run(folder: Path) -> Run:
             earlier = read_run(first)
             same = [(each.langs, each.ids, each.base.shape) for each in (earlier, run)]
             if same[0] == same[1] and torch.allclose(earlier.trained, run.base, atol=0.5):  # nats
-                settings["model"] = earlier.settings["model"]
+                settings |= {"model": earlier.settings["model"], "after": _settings(earlier)}
                 return run._replace(base=earlier.base)
     return run
 

@@ -422,6 +422,15 @@ def test_a_run_that_goes_on_from_a_run_is_compared_with_where_the_first_began(tm
     assert cells(again, "dpo-dco") == cells(text, "dpo-dco") and again.count("base/model") == 1
 
 
+def test_a_run_that_goes_on_is_not_joined_with_one_that_does_not(tmp_path, scored):
+    base, dpo, both = (table[:, :2] for table in scored)
+    one = finished(tmp_path / "dpo", base, dpo, langs=("en", "es"), method="dpo")
+    finished(tmp_path / "dpo-dco", dpo, both, model=str(one), langs=("en", "es"))
+    finished(tmp_path / "dco", base, both, langs=("en", "sw"))
+    text = rankc.compare([tmp_path / name for name in ("dco", "dpo-dco")])
+    assert "A change" not in text and "dpo-dco is not joined with dco: after {" in text
+
+
 def test_a_run_that_began_elsewhere_is_compared_with_its_own_base(tmp_path, scored):
     base, dpo, both = scored
     one = finished(tmp_path / "dpo", base, dpo)
