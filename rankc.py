@@ -134,7 +134,7 @@ def measure(
         "accuracy": dict(zip(langs, shares, strict=True)),
         "entropy": {kind: _mean(values) for kind, values in kinds.items()},
         "entropy_std": {k: float(x.std()) if len(x) > 1 else None for k, x in kinds.items()},
-        "probability": dict(zip(langs, mass, strict=True)),  # of all candidates together
+        "probability": dict(zip(langs, mass, strict=True)),  # one that begins another is in both
         "changed": dict(zip(langs, map(_mean, (best != base.argmax(-1)).T), strict=True)),
     }
 
