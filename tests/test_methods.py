@@ -66,8 +66,10 @@ def test_the_order_of_languages_does_not_change_the_vote(seed, L, K, rng):
 
 def test_a_missing_candidate_wins_no_vote_and_other_questions_do_not_matter():
     inf = torch.inf
-    table = torch.tensor([[[0.0, -1, -inf]] * 3, [[-5.0, -4, -1]] * 3])  # (B, L, K)
-    assert dco.majority_vote(table)[0].tolist() == [0, 2]
+    split = [[-1.0, -2, -3], [-3.0, -1, -2], [-2.0, -2, -1]]  # a vote each
+    table = torch.tensor([[[0.0, -1, -inf]] * 3, [[-5.0, -4, -1]] * 3, split])  # (B, L, K)
+    winner, tied = dco.majority_vote(table)
+    assert winner.tolist() == [0, 2, 1] and tied.tolist() == [False, False, True]
 
 
 # ------------------------------------------------------------------------------------ the pairs
