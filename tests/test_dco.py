@@ -191,9 +191,7 @@ def test_consistency_needs_rank_one_with_positive_entries():
     assert not dco.is_consistent((w / w[:, None]).fill_diagonal_(0), 1.0)
     assert not dco.is_consistent(torch.tensor([[0, 1 + 1e-4], [1, 0]]), 1.0)
     assert dco.is_consistent(torch.tensor([[0, 1 + 1e-6], [1, 0]]), 1.0)
-    assert not dco.is_consistent(
-        -ones[:2, :2], 1.0
-    )  # rank one, and it turns one language's ranking round
+    assert dco.is_consistent(-ones[:2, :2], 1.0) is False  # rank one, and turns a ranking round
     ref = table(0, 2, 5)
     policy = dco.optimal_policy(ref, -ones[:2, :2].double(), 1.0)
     assert policy[0].argsort().tolist() == policy[1].argsort(descending=True).tolist()
