@@ -185,7 +185,7 @@ def reference():
 
 def test_dpo_prefers_the_gold_answer_on_every_training_pair_at_convergence(reference):
     golds = [0, 1, 2, 3, 0, 1]
-    logps, pairs = descend("dpo", reference, golds, steps=1500, rate=3.0, beta=0.5)
+    logps, pairs = descend("dpo", reference, golds, steps=400, rate=3.0, beta=0.5)
     assert len(pairs) == 18
     for q, i, preferred, other in pairs:
         assert preferred == golds[q] and logps[q, i, preferred] > logps[q, i, other]
@@ -199,7 +199,7 @@ def test_sft_makes_the_gold_answer_the_likeliest_in_every_language(reference):
 
 
 def test_calm_brings_every_language_over_to_the_majority_and_leaves_the_others_alone(reference):
-    logps, pairs = descend("calm", reference, [None] * 6, steps=1500, rate=3.0, beta=0.5)
+    logps, pairs = descend("calm", reference, [None] * 6, steps=400, rate=3.0, beta=0.5)
     own, touched = reference.argmax(-1), {(q, i) for q, i, *_ in pairs}
     for q in range(6):
         winner, _ = by_counting(reference[q].tolist())

@@ -280,46 +280,6 @@ def test_a_sharded_model_with_tied_embeddings_is_saved_as_a_whole_one_is(world, 
     assert_same(tmp_path / "shards", tmp_path / "whole", atol=1e-4)
 
 
-@pytest.fixture
-def gemma3(world, tmp_path):
-    """A tiny Gemma 3 as the 4B and 12B are: a language model beside a vision tower."""
-    from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
-
-    tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 8, "sliding_window": 8, "initializer_range": 0.2,
-            "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
-    torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(
-        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    )
-    model.save_pretrained(tmp_path / "gemma3")
-    tokenizer.save_pretrained(tmp_path / "gemma3")
-    return tmp_path / "gemma3"
-
-
-@pytest.mark.parametrize("more", [(), ("--shard",)])
-def test_a_model_with_a_vision_tower_trains_on_two_processes_and_keeps_the_tower(
-    world, tmp_path, gemma3, more
-):
-    """Its weights get no gradient from text: they are frozen, saved, and exchanged with no one."""
-    settings = ("--model", gemma3, "--save_every", 1)
-    text = train(world, tmp_path / "one", *settings)
-    train(world, tmp_path / "two", *settings, *more, processes=2)
-    assert_same(tmp_path / "two", tmp_path / "one")
-    before, after = (load_file(f / "model.safetensors") for f in (gemma3, tmp_path / "two"))
-    assert before.keys() == after.keys()
-    for name, weight in before.items():
-        frozen = "vision_tower" in name or "multi_modal_projector" in name
-        assert torch.equal(weight, after[name]) == frozen, name
-    frozen = sum(w.numel() for name, w in before.items() if "vi" in name or "modal" in name)
-    size = sum(weight.numel() for weight in before.values())
-    assert f"{size:,} parameters, {size - frozen:,} trained" in text
-
-
 def test_a_process_without_a_row_does_not_disturb_the_others(world):
     for name, processes in (("one", 0), ("four", 3)):
         train(world, world / name, "--langs", "en", "es", processes=processes)
