@@ -133,7 +133,9 @@ def measure(
         "top1_agreement": _mean(best[:, a] == best[:, b]),
         "accuracy": dict(zip(langs, shares, strict=True)),
         "entropy": {kind: _mean(values) for kind, values in kinds.items()},
-        "entropy_std": {k: float(x.std()) if len(x) > 1 else None for k, x in kinds.items()},
+        "entropy_std": {
+            k: float(x.std(correction=0)) if len(x) else None for k, x in kinds.items()
+        },
         "probability": dict(zip(langs, mass, strict=True)),  # one that begins another is in both
         "changed": dict(zip(langs, map(_mean, (best != base.argmax(-1)).T), strict=True)),
     }
@@ -199,14 +201,10 @@ def report(
         clc_chance, top_chance = chance_levels([question.K for question in questions])
         rows = [[f"{split}, {len(questions)} questions", "chance", *tables, "change"]]
 
-        def add(label, level, values, scale=100, form=".1f", spread=()):
+        def add(label, level, values, form=".1f"):
             old, new = values[0], values[-1]
-            change = f"{scale * (new - old):+{form}}" if None not in (old, new) else ""
-            cells = ["" if x is None else f"{scale * x:{form}}" for x in values]
-            cells = [
-                x if s is None else f"{x} ± {s:{form}}" for x, s in zip(cells, spread)
-            ] or cells
-            rows.append([label, percent(level), *cells, change])
+            change = percent(new - old, f"+{form}") if None not in (old, new) else ""
+            rows.append([label, percent(level), *(percent(x, form) for x in values), change])
 
         every = [found[name] for name in tables]
         add("CLC", clc_chance, [each["clc"] for each in every])
@@ -220,10 +218,11 @@ def report(
             add(f"answers changed {lang}", None, [None, *moved])
         for lang in langs:
             mass = [each.get("probability", {}).get(lang) for each in every]
-            add(f"probability of all answers {lang}", None, mass, form=".2g")
+            add(f"probability of all answers {lang}", None, mass, ".2g")
         for kind in ("right", "wrong"):
-            nats, spread = ([each[x][kind] for each in every] for x in ("entropy", "entropy_std"))
-            add(f"entropy where {kind}, nats ± std", None, nats, 1, ".2f", spread)
+            nats = [(each["entropy"][kind], each["entropy_std"][kind]) for each in every]
+            nats = ["" if None in pair else "{:.2f} ± {:.2f}".format(*pair) for pair in nats]
+            rows.append([f"entropy where {kind}, nats ± std", "", *nats, ""])
         rows = rows if "trained" in tables else [row[:-1] for row in rows]  # no change yet
         texts += ["", format_table(rows)]
         if len(langs) > 2:
