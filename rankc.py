@@ -114,7 +114,7 @@ def measure(
     """Every measure of a score table (Q, L, K), as JSON; `base` is the table before training.
 
     `sums` are log-probs where answers are ranked by another score: entropy and the candidates'
-    total probability are of them.
+    total probability are of them. (It may exceed 1: an answer that begins another holds it.)
     """
     logps = scores if sums is None else sums
     best, matrix = scores.argmax(-1), clc(scores)  # (Q, L), (L, L)
@@ -126,6 +126,7 @@ def measure(
     en = langs.index(first := reference_language(langs))
     kinds = {"right": nats[right], "wrong": nats[~right]}
     mass = logps.double().exp().sum(-1).mean(0).tolist()  # (L,)
+    spread = {kind: float(x.std(correction=0)) if len(x) else None for kind, x in kinds.items()}
     return {
         "clc": _mean(matrix[a, b]),
         f"clc_{first}": _mean(matrix[en][torch.arange(len(langs)) != en]),
@@ -133,10 +134,8 @@ def measure(
         "top1_agreement": _mean(best[:, a] == best[:, b]),
         "accuracy": dict(zip(langs, shares, strict=True)),
         "entropy": {kind: _mean(values) for kind, values in kinds.items()},
-        "entropy_std": {
-            k: float(x.std(correction=0)) if len(x) else None for k, x in kinds.items()
-        },
-        "probability": dict(zip(langs, mass, strict=True)),  # one that begins another is in both
+        "entropy_std": spread,
+        "probability": dict(zip(langs, mass, strict=True)),
         "changed": dict(zip(langs, map(_mean, (best != base.argmax(-1)).T), strict=True)),
     }
 
@@ -188,9 +187,8 @@ def report(
         gold = [splits[split][q].gold for q in picked]
         found.setdefault("questions", len(picked))
         for name in [name for name in tables if name not in found]:
-            each, base, logps = (
-                x[split][picked] for x in (tables[name], tables["base"], (sums or tables)[name])
-            )
+            every = tables[name], tables["base"], (sums or tables)[name]
+            each, base, logps = (table[split][picked] for table in every)
             found[name] = measure(each, base, gold, langs, logps)
             if name.endswith("optimum"):
                 del found[name]["probability"]  # normalised: it is 1
@@ -218,7 +216,7 @@ def report(
             add(f"answers changed {lang}", None, [None, *moved])
         for lang in langs:
             mass = [each.get("probability", {}).get(lang) for each in every]
-            add(f"probability of all answers {lang}", None, mass, ".2g")
+            add(f"probability of all answers {lang}", None, mass, ".3g")
         for kind in ("right", "wrong"):
             nats = [(each["entropy"][kind], each["entropy_std"][kind]) for each in every]
             nats = ["" if None in pair else "{:.2f} ± {:.2f}".format(*pair) for pair in nats]
@@ -290,11 +288,11 @@ class Run(NamedTuple):
     trained: Tensor  # (Q, L, K) nats
 
 
-FREE = "langs test_subjects out resume save_every max_tokens gradient_checkpointing shard offload "
-FREE += "device timeout processes torch transformers git"  # in which runs of a table may differ
+FREE = "langs test_subjects validation_questions out resume save_every max_tokens shard offload "
+FREE += "gradient_checkpointing device timeout processes torch transformers git"  # may differ
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, later: frozenset[Path] = frozenset()) -> Run:
     """A finished run. Where its --model is a run on the same questions, that one's base counts.
 
     Raises RunError.
@@ -306,7 +304,8 @@ def read_run(folder: Path) -> Run:
         metrics = json.loads(path.read_text("utf-8"))
         path = folder / "answers.jsonl"  # as one JSON text, so that an error names its line
         lines = json.loads("[" + path.read_text("utf-8").strip().replace("\n", ",\n") + "]")
-        split, langs = "test" if "test" in metrics else "train", settings["langs"]
+        split = [name for name in ("train", "validation", "test") if name in metrics][-1]
+        langs = settings["langs"]
         lines = [line for line in lines if line["split"] == split]
         if len(lines) != (wanted := metrics[split]["questions"]):
             raise ValueError(f"it has {len(lines)} of {wanted} questions")
@@ -323,11 +322,14 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{path} is not of a whole run of train.py: {error!r}") from error
     model = settings["model"]
     for first in (Path(model), folder.parent / Path(model).name):  # there, or moved with this one
-        if (first / "metrics.json").is_file() and first.resolve() != folder.resolve():
-            earlier = read_run(first)
+        if (first / "metrics.json").is_file() and first.resolve() not in (
+            later := later | {folder.resolve()}
+        ):
+            earlier = read_run(first, later)
             same = [(each.langs, each.ids, each.base.shape) for each in (earlier, run)]
             if same[0] == same[1] and torch.allclose(earlier.trained, run.base, atol=0.5):  # nats
-                settings |= {"model": earlier.settings["model"], "after": _settings(earlier)}
+                after = [earlier.settings.get(x) for x in "method lr epochs beta seed".split()]
+                settings |= {"model": earlier.settings["model"], "after": after}
                 return run._replace(base=earlier.base)
     return run
 
@@ -388,7 +390,7 @@ def compare(folders: Sequence[str], reference: str = "", plot: Path | None = Non
     default English, or else a run's first), or in the subjects tested, are joined in one (Tables 2,
     3, 5 to 12). Raises RunError if no folder is a finished run, or none has that language.
     """
-    runs, texts, alike, pairs = [], [], {}, {}
+    runs, texts, alike, pairs, drawn = [], [], {}, {}, 0
     for folder in map(Path, folders):
         if (folder / "metrics.json").is_file() and (folder / "log.jsonl").is_file():
             runs.append(read_run(folder))
@@ -405,34 +407,39 @@ def compare(folders: Sequence[str], reference: str = "", plot: Path | None = Non
         alike.setdefault((first, *about, run.base.shape, *run.langs, *run.ids), []).append(run)
         if len(run.langs) == 2:
             pairs.setdefault((first, str(_settings(run))), []).append(run)
-    joined = []
+    joined = set()
     for (first, _), group in pairs.items():
         if len({(*run.langs, *run.ids) for run in group}) > 1:
             texts.append(_joined(group, first))
-            joined += map(id, group)
+            joined |= {*map(id, group)}
     for (first, *_), group in alike.items():
-        if len(group) > 1 or id(group[0]) not in joined:
-            texts += [_beside(group, first)] + [_apart(group[0], runs)] * (len(group) == 1)
+        alone = not joined & {*map(id, group)}
+        if alone or len(group) > 1:
+            texts.append(_beside(group, first))
+        if others := [run for each in alike.values() if each is not group for run in each] * alone:
+            texts.append(_apart(group[0], others))
         directions = {}
         for run in group:
             way = run.settings.get("gamma") or run.settings.get("trust") or ["equal trust"]
             same = directions.setdefault(str(_settings(run, FREE + " gamma trust")), {})
             same.setdefault(", ".join(way), run)
-        for found in directions.values():
-            if plot and len(found) > 1 and draw_directions(plot, found):
-                texts.append(f"\n{plot} shows {', '.join(run.name for run in found.values())}")
+        for found in [found for found in directions.values() if plot and len(found) > 1]:
+            path = plot.with_stem(plot.stem + f"-{drawn + 1}" * bool(drawn))
+            drawn += draw_directions(path, found)
+            told = f"\n{path} shows {', '.join(run.name for run in found.values())}"
+            texts += [told] * path.is_file()
     return "\n".join(texts)
 
 
-def _apart(run: Run, runs: list[Run]) -> str:
-    """Why a run is in no table with another one."""
-    for other in [other for other in runs if other is not run][:1]:
-        theirs, mine = (_settings(x, FREE.replace("langs", "")) for x in (other, run))
-        found = [f"{x} {y!r}, not {theirs.get(x)!r}" for x, y in mine.items() if y != theirs.get(x)]
-        return (
-            f"\n{run.name} is not joined with {other.name}: {'; '.join(found) or 'other questions'}"
-        )
-    return ""
+def _apart(run: Run, others: list[Run]) -> str:
+    """Why a run is in no table with those, told by the one that differs least."""
+    found = []
+    for other in others:
+        a, b = (_settings(each, FREE.replace("langs", "")) for each in (run, other))
+        names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+        why = "; ".join(f"{name} {a.get(name)!r}, not {b.get(name)!r}" for name in names)
+        found.append((len(names), f"{other.name}: {why or 'other questions'}"))
+    return f"\n{run.name} is not joined with {min(found)[1]}"
 
 
 def _titled(run: Run, about: str, rows: list[list[str]], notes: list[str]) -> str:
@@ -472,8 +479,8 @@ def _joined(runs: list[Run], first: str) -> str:
         parts = {}
         for run in [run for run in runs if subject in (None, *run.subjects)]:
             (lang,) = set(run.langs) - {first}
-            if lang in parts:
-                notes.append(f"note: {lang} is that of another run, {run.name} is left out")
+            note = f"note: {lang} is that of another run, {run.name} is left out"
+            notes += [note] * (lang in parts and note not in notes)
             parts.setdefault(lang, [_by_question(run, first, subject)])
         parts["mean"] = [part for found in parts.values() for part in found]
         for label, found in parts.items():
@@ -497,10 +504,9 @@ def draw_directions(path: Path, runs: dict[str, Run]) -> bool:
         width = 0.8 / len(base.langs)
         for i, lang in enumerate(base.langs):
             at = [n + (i + 0.5) * width - 0.4 for n in range(len(names))]
-            bars = axes.bar(
-                at, [100 * (each[what][lang] or 0) for each in shown], width, label=lang
-            )
-            axes.bar_label(bars, fmt="%.1f", fontsize=8)
+            values = [each[what][lang] for each in shown]  # None where no right answer is known
+            bars = axes.bar(at, [100 * (x or 0) for x in values], width, label=lang)
+            axes.bar_label(bars, [*map(percent, values)], fontsize=8)
         axes.set(title=title, ylabel="per cent", xticks=range(len(names)), xticklabels=[*names])
         axes.margins(y=0.2)  # room for what is written
         axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 100])
@@ -559,7 +565,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         print(compare(given.runs, given.reference, given.plot))
-    except RunError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

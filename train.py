@@ -49,6 +49,10 @@ from data import InputError, Question, Tree
 
 # ------------------------------------------------------------------------------------- the settings
 LR = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
+RATES = (
+    "dco 1e-5, on X-CSQA 1e-6 for Gemma (the authors' release: for Llama 3.1 8B, too); sft 5e-7, "
+)
+RATES += "dpo and calm 5e-6"
 # What --eval_only takes from the run that left --model, unless the command line says otherwise.
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
 OF_THE_RUN += "validation_questions train_subjects test_subjects"
@@ -88,11 +92,7 @@ class Config:
     beta: float | None = opt(None, "strength of the KL term, Eq. 1 (default: 1; dpo and calm: 0.1)")
     trust: list[str] | None = opt(None, "LANG=WEIGHT where it is not 1; a trusted one moves less")
     gamma: list[str] | None = opt(None, "instead: gamma_1 gamma_2 of Eq. 6, or a JSON matrix")
-    lr: float | None = opt(
-        None,
-        "learning rate (App. G: dco 1e-5, and 1e-6 for Gemma on X-CSQA; sft 5e-7; dpo and calm "
-        "5e-6. The authors' release has 1e-6 for Llama 3.1 8B on X-CSQA, too)",
-    )
+    lr: float | None = opt(None, f"learning rate (App. G: {RATES})")
     schedule: Literal["linear", "cosine", "constant"] = opt("linear", "of the learning rate")
     warmup: float = opt(0.0, "share of the steps in which the learning rate rises")
     epochs: int | None = opt(None, "passes over the training questions (default: 1)")
@@ -159,7 +159,7 @@ class Config:
 
 def is_gemma(name: str) -> bool:
     """Whether a model's config.json names it a Gemma; False where there is none to read."""
-    with suppress(OSError, ValueError):
+    with suppress(*UNREADABLE):
         found, _ = transformers.PretrainedConfig.get_config_dict(name)
         return str(found.get("model_type", "")).startswith("gemma")
     return False
@@ -436,10 +436,8 @@ def step_metrics(
     found |= {f"{name}/{lang}": float(x) for lang, x in zip(config.langs, mean, strict=True)}
     for name, nats in (("probability", logps), ("probability_ref", ref)):  # of all answers drawn
         mass = (nats.exp() * ref.isfinite()).sum(-1)  # (B, L)
-        each = enumerate(config.langs)
-        found |= {
-            f"{name}/{x}": float(mass[used[:, i], i].mean()) for i, x in each if used[:, i].any()
-        }
+        for i in used.any(0).nonzero()[:, 0].tolist():
+            found[f"{name}/{config.langs[i]}"] = float(mass[used[:, i], i].mean())
     if config.method == "sft":
         return found
     r_hat = dco.implicit_reward(logps, ref, config.beta)
@@ -582,15 +580,14 @@ def load_splits(config: Config) -> rankc.Splits:
         if config.test_subjects:
             number = min(number, sum(q.subject not in config.test_subjects for q in questions))
     more, end = config.validation_questions, config.test_questions
-    data.split(questions, number, end, config.split_seed, *subjects)  # raises if there are too few
-    train, rest = data.split(questions, number, None, config.split_seed, *subjects)
+    _, rest = data.split(questions, number, None, config.split_seed, *subjects)
     if more > (left := max(0, len(rest) - (1 if end is None else end))):
-        others = "are left by the training part and the test's" + ", of one at least" * (
-            end is None
-        )
-        raise InputError(f"--validation_questions {more}: only {left} {others}")
+        least = ", of one at least" * (end is None)
+        others = f"only {left} are left by the training part and the test's{least}"
+        raise InputError(f"--validation_questions {more}: {others}")
     end = len(rest) - more if end is None else end
-    splits = {"train": train, "validation": rest[end : end + more], "test": rest[:end]}
+    train, test = data.split(questions, number, end, config.split_seed, *subjects)
+    splits = {"train": train, "validation": rest[end : end + more], "test": test}
     splits = {name: part for name, part in splits.items() if part}
     if "train" not in splits and not config.eval_only:
         raise InputError("--train_questions 0: there is nothing to train on")
@@ -1003,8 +1000,8 @@ def describe(
     lines += [f"{config.data} in {' '.join(config.langs)}: {parts}"]
     if not config.eval_only:
         unused = UNUSED.get(f"--method {config.method}", "").split()
-        names = "batch_questions epochs beta trust gamma objective candidates lr schedule".split()
-        used = {name: getattr(config, name) for name in names if name not in unused}
+        names = "batch_questions epochs beta trust gamma objective candidates pairs lr schedule"
+        used = {name: getattr(config, name) for name in names.split() if name not in unused}
         used = [f"{x} {y:g}" if isinstance(y, float) else f"{x} {y}" for x, y in used.items() if y]
         if fewer := sum(question.K < config.candidates for question in splits["train"]):
             used += [f"{fewer} questions have fewer candidates"]

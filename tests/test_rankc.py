@@ -294,10 +294,10 @@ def test_a_report_has_a_row_for_each_measure_and_language_and_is_narrow_for_any_
     mass = [row[name].get("probability", {}).get("c") for name in tables]
     assert mass[1] is None  # pi* is normalised over the candidates
     shown = [
-        f"{100 * mass[0]:.2g}",
+        f"{100 * mass[0]:.3g}",
         "",
-        f"{100 * mass[2]:.2g}",
-        f"{100 * (mass[2] - mass[0]):+.2g}",
+        f"{100 * mass[2]:.3g}",
+        f"{100 * (mass[2] - mass[0]):+.3g}",
     ]
     assert cells(text, "probability of all answers c") == ["", *shown]
     nats, spread = ([row[x][y]["right"] for x in tables] for y in ("entropy", "entropy_std"))
@@ -428,7 +428,7 @@ def test_a_run_that_goes_on_is_not_joined_with_one_that_does_not(tmp_path, score
     finished(tmp_path / "dpo-dco", dpo, both, model=str(one), langs=("en", "es"))
     finished(tmp_path / "dco", base, both, langs=("en", "sw"))
     text = rankc.compare([tmp_path / name for name in ("dco", "dpo-dco")])
-    assert "A change" not in text and "dpo-dco is not joined with dco: after {" in text
+    assert "A change" not in text and "dpo-dco is not joined with dco: after [" in text
 
 
 def test_a_run_that_began_elsewhere_is_compared_with_its_own_base(tmp_path, scored):
@@ -472,7 +472,12 @@ def test_runs_on_other_questions_stand_in_a_table_of_their_own(tmp_path, scored)
         finished(tmp_path / "c", base[:, 1:], first[:, 1:], langs=("es", "sw")),
     ]
     text = rankc.compare([*folders, tmp_path / "notes"])
-    assert text.count("CLC-") == 3 and "A_notES" in text and "30 questions" in text
+    assert (
+        text.count("CLC-") == 3
+        and text.count("is not joined") == 3
+        and "A_notES" in text
+        and "30 questions" in text
+    )
     assert "a is not joined with b: other questions" in text
     assert "c is not joined with a: langs ['es', 'sw'], not ['en', 'es', 'sw']" in text
     assert f"left out {tmp_path / 'notes'}: not a finished run" in text
@@ -621,6 +626,22 @@ def test_runs_that_differ_in_direction_alone_are_drawn_as_figure_2(tmp_path, sco
     green = [text.get_text() for text in right.texts if text.get_color() == "green"]
     assert green == [f"{100 * float(rankc.clc(t[:, :2])[0, 1]):.1f}" for t in others]
     assert len(drawn) == 1 and len(left.get_legend().get_texts()) == 2
+    more = [
+        finished(tmp_path / name, base[:, 1:], table[:, 1:], langs=("es", "sw"), gold=None, **way)
+        for name, table, way in zip("de", others, ways)
+    ]
+    text = rankc.compare([*folders, *more], plot=tmp_path / "directions.png")
+    assert f"{tmp_path / 'directions-2.png'} shows d, e" in text and len(drawn) == 3
+    assert [label.get_text() for label in drawn[-1].axes[0].texts] == [""] * 6  # no gold
+
+
+def test_folders_that_name_each_other_end(tmp_path, scored):
+    for name, other in ("ac", "ca"):
+        (tmp_path / name).mkdir()
+        finished(tmp_path / name / name, *scored[:2], model=f"/gone/{other}")
+    for name, other in ("ac", "ca"):
+        finished(tmp_path / name / other, *scored[:2], model=f"/gone/{name}")
+    assert "base" in rankc.compare([tmp_path / "a" / "a"])
 
 
 @pytest.mark.parametrize("languages", [2, 4, 17])

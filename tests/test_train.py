@@ -536,6 +536,9 @@ def test_a_validation_part_changes_neither_other_part(world):
         train.InputError, match="--validation_questions 7: only 6 are left .* of one at least"
     ):
         parts(validation_questions=7)
+    named = {"train_subjects": ["even"], "test_subjects": ["even", "odd"]}  # 2 and 5 are left
+    with pytest.raises(train.InputError, match="no question of '(even|odd)' is left to report on"):
+        parts(**named, validation_questions=6)
     with pytest.raises(train.InputError, match="--validation_questions 5: only 4 are left by"):
         parts(test_questions=3, validation_questions=5)
 
@@ -555,6 +558,8 @@ def test_gemma_on_xcsqa_has_the_rate_of_app_g_unless_told_otherwise(tmp_path):
     assert slow == {("gemma3", "x", "dco"), ("gemma3_text", "x", "dco")}
     assert {rates[key] for key in rates.keys() - slow} == {1e-5, 5e-6}
     assert train.Config(model=str(tmp_path / "gemma3"), data="xcsqa:DIR", lr=2e-5).lr == 2e-5
+    (tmp_path / "llama" / "config.json").write_text("[]")  # load_model says that it is damaged
+    assert train.Config(model=str(tmp_path / "llama"), data="xcsqa:DIR").lr == 1e-5
 
 
 @pytest.mark.parametrize(
