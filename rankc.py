@@ -145,7 +145,7 @@ def _mean(values: Tensor) -> float | None:
 
 
 # --------------------------------------------------------------------------------------- the report
-Splits = dict[str, list[Any]]  # "train" and "test": questions as data.Question has them
+Splits = dict[str, list[Any]]  # "train", "validation", "test": questions as data.Question has them
 Tables = dict[str, dict[str, Tensor]]  # "base", "optimum", "trained"; of each split, (Q, L, K)
 
 
@@ -288,8 +288,10 @@ class Run(NamedTuple):
     trained: Tensor  # (Q, L, K) nats
 
 
-FREE = "langs test_subjects validation_questions out resume save_every max_tokens shard offload "
-FREE += "gradient_checkpointing device timeout processes torch transformers git"  # may differ
+# Settings that say where and how a run is computed: they move nothing but rounding.
+MACHINE = "out resume save_every max_tokens gradient_checkpointing shard offload device timeout"
+# In which runs of one table may differ.
+FREE = MACHINE + " langs test_subjects validation_questions processes torch transformers git"
 
 
 def read_run(folder: Path, later: frozenset[Path] = frozenset()) -> Run:
@@ -320,11 +322,9 @@ def read_run(folder: Path, later: frozenset[Path] = frozenset()) -> Run:
         run = Run(folder.name, settings, langs, *columns, *tables)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not of a whole run of train.py: {error!r}") from error
-    model = settings["model"]
+    model, later = settings["model"], later | {folder.resolve()}
     for first in (Path(model), folder.parent / Path(model).name):  # there, or moved with this one
-        if (first / "metrics.json").is_file() and first.resolve() not in (
-            later := later | {folder.resolve()}
-        ):
+        if (first / "metrics.json").is_file() and first.resolve() not in later:
             earlier = read_run(first, later)
             same = [(each.langs, each.ids, each.base.shape) for each in (earlier, run)]
             if same[0] == same[1] and torch.allclose(earlier.trained, run.base, atol=0.5):  # nats
@@ -413,10 +413,10 @@ def compare(folders: Sequence[str], reference: str = "", plot: Path | None = Non
             texts.append(_joined(group, first))
             joined |= {*map(id, group)}
     for (first, *_), group in alike.items():
-        alone = not joined & {*map(id, group)}
-        if alone or len(group) > 1:
+        apart = joined.isdisjoint(map(id, group))
+        if apart or len(group) > 1:
             texts.append(_beside(group, first))
-        if others := [run for each in alike.values() if each is not group for run in each] * alone:
+        if others := [run for each in alike.values() if each is not group for run in each] * apart:
             texts.append(_apart(group[0], others))
         directions = {}
         for run in group:
@@ -425,9 +425,11 @@ def compare(folders: Sequence[str], reference: str = "", plot: Path | None = Non
             same.setdefault(", ".join(way), run)
         for found in [found for found in directions.values() if plot and len(found) > 1]:
             path = plot.with_stem(plot.stem + f"-{drawn + 1}" * bool(drawn))
-            drawn += draw_directions(path, found)
-            told = f"\n{path} shows {', '.join(run.name for run in found.values())}"
-            texts += [told] * path.is_file()
+            done = draw_directions(path, found)
+            drawn += done
+            told = f"shows {', '.join(run.name for run in found.values())}"
+            told = told if done else "is left out; to draw it: pip install -e '.[plot]'"
+            texts.append(f"\n{path} {told}")
     return "\n".join(texts)
 
 

@@ -56,8 +56,6 @@ RATES += "dpo and calm 5e-6"
 # What --eval_only takes from the run that left --model, unless the command line says otherwise.
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
 OF_THE_RUN += "validation_questions train_subjects test_subjects"
-# Settings that may change where a run is resumed: they move nothing but rounding.
-FREE = "out resume save_every max_tokens gradient_checkpointing shard offload device timeout"
 UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
     "candidates pairs grad_clip gradient_checkpointing save_every",
@@ -897,7 +895,7 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
         go_on = "of a run that was killed: --resume continues it"
         raise InputError(f"--out {out} is not empty; name another, or remove it ({go_on})")
     old, new = read_json(out / "run.json"), asdict(config)
-    pairs = {name: (old[name], new[name]) for name in new if name not in FREE.split()}
+    pairs = {name: (old[name], new[name]) for name in new if name not in rankc.MACHINE.split()}
     if differ := "; ".join(f"{name} {a!r}, now {b!r}" for name, (a, b) in pairs.items() if a != b):
         begun = f"--resume: {out} was begun with other settings: {differ}"
         raise InputError(f"{begun}. Give those, or another --out")

@@ -57,7 +57,7 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
         words = f"{name}: the policy found has the highest J of Eq. 7, as RL would"
         yield Finding(words, draws, worst(lost, kl(found, best)))
     d = dco.implicit_reward(start, ref, beta) - r  # a random policy's
-    by_hand = sum((d[..., w] - d[..., l]).abs() for w, l in every.tolist()) / len(every)  # noqa: E741
+    by_hand = sum((d[..., a] - d[..., b]).abs() for a, b in every.tolist()) / len(every)
     gap = off(dco.dco_loss(start, ref, r, beta) - by_hand)
     yield Finding("of more than two answers, Eq. 11 is the mean over all pairs, alike", draws, gap)
     parts = torch.tensor([[0, 1], [2, 3], [3, 4]])  # nothing between {0, 1} and {2, 3, 4}
@@ -77,7 +77,6 @@ def check(draws: int, seed: int) -> Iterator[Finding]:
     gap = off(dco.dco_loss(inside, ref, r[..., :K], beta), lost - beta * kl(policy, best))
     gap += int((lost <= 0).sum())
     words = "with a string that is no candidate: zero loss at a total of 0.0004, and J is lower"
-    shown = (
-        f"total under pi* {best[..., :K].exp().sum(-1).mean():.2f}; J lower by {lost.mean():.2f}"
-    )
+    total = best[..., :K].exp().sum(-1)
+    shown = f"total under pi* {total.mean():.2f}; J lower by {lost.mean():.2f}"
     yield Finding(words, draws, gap, shown=shown)
