@@ -9,6 +9,7 @@ language. A log-probability is in nats and *summed* over the answer's tokens.
 """
 
 import heapq
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
@@ -28,6 +29,8 @@ def align_reward(ref_logps: Tensor, gamma: Tensor) -> Tensor:
     gamma: (L, L), how much language j's reference counts in language i's reward. Returns (..., L,
     K). Raises ValueError if gamma has another shape or a diagonal that is not zero.
     """
+    if ref_logps.ndim < 2:
+        raise ValueError(f"ref_logps is {tuple(ref_logps.shape)}, not (..., languages, candidates)")
     languages = ref_logps.shape[-2]
     if gamma.shape != (languages, languages):
         raise ValueError(f"gamma is {tuple(gamma.shape)}, but ref_logps has {languages} languages")
@@ -42,11 +45,19 @@ def optimal_policy(ref_logps: Tensor, gamma: Tensor, beta: float) -> Tensor:
 
     ref_logps: (..., L, K) nats, gamma: (L, L) -> (..., L, K) nats. Errors as align_reward.
     """
+    check_beta(beta)
     return F.log_softmax(ref_logps + align_reward(ref_logps, gamma) / beta, dim=-1)  # Eqs. 8, 10
+
+
+def check_beta(beta: float) -> None:
+    """Raise ValueError unless beta is positive and finite."""
+    if not 0 < beta < float("inf"):
+        raise ValueError(f"beta must be positive and finite, not {beta}")
 
 
 def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     """r-hat, Eq. 3 without the beta log Z that is the same for every answer; any shape."""
+    check_beta(beta)
     return beta * (logps - ref_logps)
 
 
@@ -65,6 +76,8 @@ def dco_loss(logps: Tensor, ref_logps: Tensor, r_align: Tensor, beta: float) -> 
     w, l = torch.triu_indices(*[logps.shape[-1]] * 2, offset=1, device=logps.device)  # noqa: E741
     gap = (residual[..., w] - residual[..., l]).abs()  # Eq. 11; log Z (Eq. 3), c(x) (Eq. 12) cancel
     pairs = present[..., w] & present[..., l]  # (..., K (K - 1) / 2)
+    if not pairs.any(-1).all():
+        raise ValueError("Eq. 11 compares answers: a row has fewer than two")
     return (gap * pairs).sum(-1) / pairs.sum(-1)
 
 
@@ -139,13 +152,27 @@ class Pack(NamedTuple):
     shape: tuple[int, int]  # T, K
 
 
-def completion_logps(model: nn.Module, trees: Sequence | Pack, packed: bool = True) -> Tensor:
+def completion_logps(
+    model: nn.Module, trees: Sequence | Pack, packed: bool | None = None
+) -> Tensor:
     """log pi(y|x) of every answer of every tree, for training, reference and evaluation alike.
 
     trees: as `pack` takes them, or packed already. Returns float32 (T, K), nats; a tree with fewer
-    than K answers ends in -inf. `packed=False`: each answer with its prompt is a row of its own.
-    From then on the model's logits are float32.
+    than K answers ends in -inf. Of what data.encode returns, rows of trees, (Q, L, K). From then on
+    the model's logits are float32. `packed=False`: each answer with its prompt is a row of its own;
+    None: so where the model does not take packed ones, with a warning.
     """
+    if not isinstance(trees, Pack) and not hasattr(trees[0], "branches"):
+        if not all(hasattr(tree, "branches") for row in trees for tree in row):
+            raise ValueError(
+                "trees: wanted are data.Trees, or rows of them, as data.encode returns"
+            )
+        flat = [tree for row in trees for tree in row]
+        return completion_logps(model, flat, packed).view(len(trees), len(trees[0]), -1)
+    if packed is None:
+        packed = isinstance(trees, Pack) or packs_exactly(model, trees[:2])
+        if not packed:
+            warnings.warn("this model does not take packed questions; it is slower", stacklevel=2)
     config = model.config.get_text_config()
     weight = next(model.parameters())
     if not isinstance(trees, Pack):
@@ -296,9 +323,9 @@ def packs_exactly(
         return (out.float() * (1 + torch.finfo(dtype).eps / 4 * noise.to(out.device))).to(out)
 
     try:
-        packed = completion_logps(model, trees)
+        packed = completion_logps(model, trees, True)
         with mixed:
-            completion_logps(model, trees)
+            completion_logps(model, trees, True)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError):  # of masks like these

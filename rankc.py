@@ -103,6 +103,22 @@ def entropy(scores: Tensor) -> Tensor:
     return -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
 
 
+def by_question(scores: Tensor, gold: Sequence[int | None], langs: Sequence[str]) -> dict:
+    """Each measure of each question: (Q, L, K) -> {"clc" or "accuracy <lang>": (Q,) float64}.
+
+    "clc" is the mean over pairs of languages, "clc_<first>" over those with the reference language.
+    Accuracy is NaN where the right answer is not known. Raises ValueError as rankc does.
+    """
+    consist, first = _consist(scores), reference_language(langs)
+    pairs = {pair: consist(*pair) for pair in combinations(range(len(langs)), 2)}
+    known = torch.tensor([math.nan if g is None else float(g) for g in gold], dtype=torch.double)
+    right = top1_correct(scores, known.nan_to_num().long()) + 0 * known[:, None]  # (Q, L)
+    found = {"clc": [*pairs.values()]}
+    found[f"clc_{first}"] = [x for pair, x in pairs.items() if langs.index(first) in pair]
+    found = {name: torch.stack(values).mean(0) for name, values in found.items()}
+    return found | {f"accuracy {lang}": x for lang, x in zip(langs, right.T, strict=True)}
+
+
 def reference_language(langs: Sequence[str]) -> str:
     """The language whose pairs CLC-EN is of: English, or else the first."""
     return "en" if "en" in langs else langs[0]
@@ -181,58 +197,117 @@ def report(
 
     `sums` are log-probs where `tables` rank by another score.
     """
-    texts, first = [], reference_language(langs)
+    texts, first, trained = [], reference_language(langs), "trained" in tables
 
     def measured(found, split, picked):
-        gold = [splits[split][q].gold for q in picked]
+        gold, ids = ([getattr(splits[split][q], x) for q in picked] for x in ("gold", "id"))
         found.setdefault("questions", len(picked))
+        every = {name: by_question(tables[name][split][picked], gold, langs) for name in tables}
         for name in [name for name in tables if name not in found]:
-            every = tables[name], tables["base"], (sums or tables)[name]
-            each, base, logps = (table[split][picked] for table in every)
+            own = tables[name], tables["base"], (sums or tables)[name]
+            each, base, logps = (table[split][picked] for table in own)
             found[name] = measure(each, base, gold, langs, logps)
+            errors = {x: mean_and_error([(ids, values)]) for x, values in every[name].items()}
+            found[name]["error"] = {x: None if e is None else e[1] for x, e in errors.items()}
             if name.endswith("optimum"):
                 del found[name]["probability"]  # normalised: it is 1
+        if trained:
+            pairs = {x: every["trained"][x] - old for x, old in every["base"].items()}
+            found["change"] = {x: mean_and_error([(ids, moved)]) for x, moved in pairs.items()}
+            found["answers"] = {
+                lang: turned(*(tables[x][split][picked][:, i] for x in ("base", "trained")), gold)
+                for i, lang in enumerate(langs)
+            }
         return found
 
-    for split, questions in splits.items():
+    for split, questions in reversed(splits.items()):  # held out first
         found = measured(metrics.setdefault(split, {}), split, range(len(questions)))
-        clc_chance, top_chance = chance_levels([question.K for question in questions])
-        rows = [[f"{split}, {len(questions)} questions", "chance", *tables, "change"]]
-
-        def add(label, level, values, form=".1f"):
-            old, new = values[0], values[-1]
-            change = percent(new - old, f"+{form}") if None not in (old, new) else ""
-            rows.append([label, percent(level), *(percent(x, form) for x in values), change])
-
+        levels = chance_levels([question.K for question in questions])
+        rows = [[f"{split}, {len(questions)} questions", "chance", *tables]]
+        rows[0] += ["change"] * trained
         every = [found[name] for name in tables]
-        add("CLC", clc_chance, [each["clc"] for each in every])
+
+        def add(label, level, values, key="", form=".1f"):
+            errors = [each["error"].get(key) for each in every]
+            cells = [_with_error(*pair, form) for pair in zip(values, errors, strict=True)]
+            if trained:
+                moved = None if None in values[:: len(values) - 1] else values[-1] - values[0]
+                error = (found["change"].get(key) or [None] * 2)[1]
+                cells.append(_with_error(moved, error, f"+{form}"))
+            rows.append([label, percent(level), *cells])
+
+        add("CLC", levels[0], [each["clc"] for each in every], "clc")
         if len(langs) > 2:
-            add(f"CLC-{first.upper()}", clc_chance, [each[f"clc_{first}"] for each in every])
-        add("same top answer", top_chance, [each["top1_agreement"] for each in every])
+            key = f"clc_{first}"
+            add(f"CLC-{first.upper()}", levels[0], [each[key] for each in every], key)
         for lang in langs:
-            add(f"accuracy {lang}", top_chance, [each["accuracy"][lang] for each in every])
-        for lang in langs:
-            moved = [each["changed"][lang] for each in every[1:]]
-            add(f"answers changed {lang}", None, [None, *moved])
+            shares = [each["accuracy"][lang] for each in every]
+            add(f"accuracy {lang}", levels[1], shares, f"accuracy {lang}")
+        add("same top answer", levels[1], [each["top1_agreement"] for each in every])
         for lang in langs:
             mass = [each.get("probability", {}).get(lang) for each in every]
-            add(f"probability of all answers {lang}", None, mass, ".3g")
+            add(f"probability of all answers {lang}", None, mass, form=".3g")
         for kind in ("right", "wrong"):
             nats = [(each["entropy"][kind], each["entropy_std"][kind]) for each in every]
-            nats = ["" if None in pair else "{:.2f} ± {:.2f}".format(*pair) for pair in nats]
-            rows.append([f"entropy where {kind}, nats ± std", "", *nats, ""])
-        rows = rows if "trained" in tables else [row[:-1] for row in rows]  # no change yet
+            nats = ["" if None in pair else "{:.2f}, {:.2f}".format(*pair) for pair in nats]
+            rows.append([f"entropy where {kind}: mean, std in nats", "", *nats, *[""] * trained])
         texts += ["", format_table(rows)]
+        if trained and any(question.gold is not None for question in questions):
+            kinds = ["wrong to right", "right to wrong", "wrong to wrong"]
+            rows = [[f"answers changed, of {len(questions)}", *kinds]]
+            rows += [[lang, *map(str, found["answers"][lang])] for lang in langs]
+            texts += ["", format_table(rows)]
         if len(langs) > 2:
             texts += ["", format_table(_pairs(found, langs))]
         if by_subject:
-            rows = [["subject", "questions", "CLC", *(f"accuracy {lang}" for lang in langs)]]
+            keys = ["clc", *(f"accuracy {lang}" for lang in langs)]
+            rows = [["subject", "questions", "CLC", *keys[1:]]]
             for subject in sorted({question.subject for question in questions}):
                 picked = [q for q, question in enumerate(questions) if question.subject == subject]
                 part = found.setdefault("subjects", {}).setdefault(subject, {})
-                rows.append([subject, str(len(picked)), *_changes(measured(part, split, picked))])
+                part, cells = measured(part, split, picked), []
+                for key in keys:
+                    lang = key.removeprefix("accuracy ")
+                    value = part["base"]["clc" if key == "clc" else "accuracy"]
+                    value = value if key == "clc" else value[lang]
+                    cells.append(_with_error(value, part["base"]["error"][key]))
+                    if trained and part["change"][key]:
+                        cells[-1] += f", {_with_error(*part['change'][key], '+.1f')}"
+                rows.append([subject, str(len(picked)), *cells])
             texts += ["", format_table(rows)]
     return "\n".join(texts)
+
+
+def turned(before: Tensor, after: Tensor, gold: Sequence[int | None]) -> list[int]:
+    """How many best answers turned from wrong to right, right to wrong, wrong to wrong.
+
+    before, after: (Q, K) scores. Questions whose right answer is not known do not count.
+    """
+    known = torch.tensor([-1 if g is None else g for g in gold])
+    old, new = (scores.argmax(-1) for scores in (before, after))
+    was, now, moved = old == known, new == known, (old != new) & (known >= 0)
+    return [int((moved & kind).sum()) for kind in (now, was, ~was & ~now)]
+
+
+def _with_error(value: float | None, error: float | None, form: str = ".1f") -> str:
+    known = error is not None and not math.isnan(error)
+    return percent(value, form) + f" ± {percent(error)}" * known
+
+
+def verdict(found: dict, langs: Sequence[str], reached: str) -> str:
+    """One line on what training changed in a split, beyond two standard errors or within them."""
+    names = {"clc": "CLC"} | {f"accuracy {lang}": f"accuracy {lang}" for lang in langs}
+    kinds = {"rose": [], "fell": [], "moved by no more than two standard errors": []}
+    for key, name in names.items():
+        if change := found["change"][key]:
+            mean, error = change
+            kind = 2 if not abs(mean) > 2 * error else int(mean < 0)
+            kinds[[*kinds][kind]].append(f"{name} {_with_error(mean, error, '+.1f')}")
+    told = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+    aim = [f"CLC {percent(found[reached]['clc'])}"]
+    shares = found[reached]["accuracy"].items()
+    aim += [f"accuracy {lang} {percent(share)}" for lang, share in shares if share is not None]
+    return f"{'; '.join(told)}; {reached}, what DCO aims at: {', '.join(aim)}"
 
 
 def _pairs(found: dict, langs: list[str]) -> list[list[str]]:
@@ -243,16 +318,6 @@ def _pairs(found: dict, langs: list[str]) -> list[list[str]]:
         change = [percent(b - a, "+.1f") * ("trained" in found) for a, b in zip(old[i], new[i])]
         rows.append([lang, *map(percent, old[i][:i]), "", *change[i + 1 :]])
     return rows
-
-
-def _changes(found: dict) -> list[str]:
-    """CLC and each language's accuracy before training, and the change, once there is one."""
-    both = [found[name] for name in ("base", "trained") if name in found]
-    values = zip(*([each["clc"], *each["accuracy"].values()] for each in both), strict=True)
-    return [
-        " ".join([percent(old), *(percent(x - old, "+.1f") for x in new if x is not None)])
-        for old, *new in values
-    ]
 
 
 def write_answers(path: Path, splits: Splits, tables: Tables, langs: list[str]) -> None:
@@ -355,8 +420,7 @@ def mean_and_error(parts: Sequence[tuple[Sequence[str], Tensor]]) -> tuple[float
 
 
 def _cell(parts: Sequence[tuple[Sequence[str], Tensor]], form: str = ".1f") -> str:
-    mean, error = mean_and_error(parts) or (None, math.nan)
-    return percent(mean, form) + ("" if math.isnan(error) else f" ± {percent(error)}")
+    return _with_error(*(mean_and_error(parts) or (None, None)), form)
 
 
 def _by_question(run: Run, first: str, subject: str | None = None) -> tuple:
@@ -366,14 +430,13 @@ def _by_question(run: Run, first: str, subject: str | None = None) -> tuple:
     NaN where the right answer is not known.
     """
     at = [q for q, own in enumerate(run.subjects) if subject in (None, own)]
-    en, every, tables = run.langs.index(first), range(len(run.langs)), []
-    gold = torch.tensor([math.nan if run.gold[q] is None else run.gold[q] for q in at])
-    for scores in (run.base[at], run.trained[at]):
-        consist = _consist(scores)
-        right = top1_correct(scores, gold.nan_to_num().long()) + 0 * gold[:, None]  # (Q, L)
-        columns = [torch.stack([consist(i, j) for i, j in combinations(every, 2)]).mean(0)]
-        columns += [torch.stack([consist(en, i) for i in every if i != en]).mean(0)]
-        columns += [right[:, en], right[:, [i for i in every if i != en]].mean(1)]
+    order = [first, *(lang for lang in run.langs if lang != first)]
+    axis, gold, tables = [run.langs.index(x) for x in order], [run.gold[q] for q in at], []
+    for scores in (run.base[at][:, axis], run.trained[at][:, axis]):
+        found = by_question(scores, gold, order)
+        own, *others = (found[f"accuracy {lang}"] for lang in order)
+        clc_first = torch.stack([rankc(scores[:, 0], x) for x in scores[:, 1:].unbind(1)]).mean(0)
+        columns = [found["clc"], clc_first, own, torch.stack(others).mean(0)]
         tables.append(torch.stack(columns))
     return [run.ids[q] for q in at], tables[0], tables[1] - tables[0]
 
@@ -530,15 +593,19 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> bool:
-    """The CLC matrix and its change, if any, as in Figures 4 to 8; False without matplotlib."""
+def draw_clc(path: Path, split: str, found: dict, langs: list[str]) -> bool:
+    """The CLC matrix of a split and its change, if any (Figures 4 to 8); False without matplotlib.
+
+    found: what metrics.json has of the split.
+    """
+    before, after = found["base"], found.get("trained")
     old, new = (100 * torch.tensor(each["clc_matrix"]) for each in (before, after or before))
     change, L = new - old, len(langs)
     old.fill_diagonal_(math.nan)
-    reach = max(1.0, change.abs().max().item())  # the scale is centred at zero
-    title = "CLC before, per cent" if after else "CLC, per cent"
+    reach = max(25.0, change.abs().max().item())  # a few points are to look like a few
+    title = "CLC before training, per cent" if after else "CLC, per cent"
     panels = [(title, old, ".1f", "viridis", 0, 100)]
-    panels += [("change, points", change, "+.1f", "RdBu", -reach, reach)] * bool(after)
+    panels += [("change by training, points", change, "+.1f", "RdBu", -reach, reach)] * bool(after)
     side = max(3.2, 0.5 * L + 1)
     if not (figure := _figure((side + 0.5) * len(panels), side + 0.4)):
         return False
@@ -546,13 +613,38 @@ def draw_clc(path: Path, before: dict, after: dict | None, langs: list[str]) -> 
     for axes, (title, values, form, colours, low, high) in zip(grid, panels, strict=True):
         image = axes.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high)
         axes.set(title=title, xticks=range(L), yticks=range(L))
-        axes.set(xticklabels=langs, yticklabels=langs)
+        axes.set(xticklabels=langs, yticklabels=langs, xlabel="language", ylabel="language")
         for a, b in permutations(range(L), 2):
             red, green, blue, _ = image.cmap(image.norm(float(values[a, b])))
             ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
             look = {"color": ink, "fontsize": 8, "ha": "center", "va": "center"}
             axes.text(b, a, f"{values[a, b]:{form}}", **look)
         figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.suptitle(f"{split}, {found['questions']} questions", fontsize=10)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def draw_curve(path: Path, points: list[dict], title: str) -> bool:
+    """CLC and accuracy over the steps, dotted where pi* is; False without matplotlib.
+
+    points: lines of log.jsonl with `eval/...`; the first is the base, step 0, the last pi*.
+    """
+    if not (figure := _figure(9, 3.6)):
+        return False
+    first, *_, optimum = points
+    keys = [key for key in first if key.startswith("eval/")]
+    panels = figure.subplots(1, 2)
+    for axes, name in zip(panels, ("clc", "accuracy"), strict=True):
+        for n, key in enumerate(key for key in keys if key.startswith(f"eval/{name}")):
+            values = [100 * point[key] for point in points]
+            axes.plot([point["step"] for point in points[:-1]], values[:-1], f"C{n}.-",
+                      label=key.rpartition("/")[2])  # fmt: skip
+            axes.axhline(values[0], color=f"C{n}", linewidth=0.6)
+            axes.axhline(100 * optimum[key], color=f"C{n}", linestyle=":")
+        axes.set(xlabel="step", ylabel="per cent", title="CLC" if name == "clc" else name)
+    panels[1].legend()
+    figure.suptitle(f"{title}; thin line: base, dotted: pi*, what DCO aims at", fontsize=10)
     figure.savefig(path, dpi=150)
     return True
 

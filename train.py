@@ -5,6 +5,7 @@ them with (section 6.1): one reference pass, after which r_ALIGN is a table of n
 regression on it; then the loop, one screen long; then the report. The equations are in dco.py.
 """
 
+import argparse
 import ctypes
 import json
 import math
@@ -13,6 +14,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,9 +23,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
-from itertools import count, islice, permutations
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.request import Request, urlopen
 
 try:
     import torch
@@ -56,67 +59,96 @@ RATES += "dpo and calm 5e-6"
 # What --eval_only takes from the run that left --model, unless the command line says otherwise.
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
 OF_THE_RUN += "validation_questions train_subjects test_subjects"
+TRUST = "a trusted one moves less (embedded: en=2)"
+SCALED = 30  # a tiny model takes a larger rate
 UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
-    "candidates pairs grad_clip gradient_checkpointing save_every",
+    "candidates pairs grad_clip gradient_checkpointing save_every eval_every eval_questions",
     "--method sft": "trust gamma objective candidates pairs pairs_per_question beta",
     "--method dpo": "trust gamma objective candidates pairs",
     "--method calm": "trust gamma objective candidates pairs pairs_per_question",
     "--pairs gold": "candidates",
 }
 AT_LEAST = dict.fromkeys("max_tokens epochs batch_questions pairs_per_question".split(), 1)
-AT_LEAST |= dict.fromkeys("save_every grad_clip warmup validation_questions".split(), 0)
+AT_LEAST |= dict.fromkeys("save_every eval_every grad_clip warmup validation_questions".split(), 0)
 AT_LEAST |= {"candidates": 2}
 
 
 def opt(default: Any, text: str) -> Any:
-    """A setting with its default and its help."""
-    return field(default=default, metadata={"help": text})
+    """A setting with its default and its help, which names the default where that is a value."""
+    told = text if default in (None, "", False) else f"{text} (default: {default})"
+    return field(default=default, metadata={"help": told})
 
 
 @dataclass(frozen=True)
-class Config:
-    """Train a multilingual language model by Direct Consistency Optimization, or by what the paper
-    compares it with. The defaults are the paper's; without --model a tiny model is made on the
-    spot, with defaults of its own."""
-
-    model: str = opt("", "folder, or hub name, of a causal language model")
+class What:
+    _argument_group_name = "what"
+    model: str = opt("", "folder, or hub name, of a causal language model (default: embedded)")
     data: str | None = opt(None, "atlas (the default), or bmlama, mmmlu, xcsqa:DIR, or jsonl:FILE")
     langs: list[str] | None = opt(None, "languages, as the data names them (default: en fr es sw)")
-    out: str = opt("", "new or empty folder for what is written (default: runs/1, runs/2, ...)")
-    eval_only: bool = opt(False, "judge the model, of a run on that run's questions; train nothing")
-    method: Literal["dco", "sft", "dpo", "calm"] = opt("dco", "what is trained (section 6.1)")
-    objective: Literal["joint", "pairwise"] = opt("joint", "Eq. 15, or random pairs of languages")
-    beta: float | None = opt(None, "strength of the KL term, Eq. 1 (default: 1; dpo and calm: 0.1)")
-    trust: list[str] | None = opt(None, "LANG=WEIGHT where it is not 1; a trusted one moves less")
-    gamma: list[str] | None = opt(None, "instead: gamma_1 gamma_2 of Eq. 6, or a JSON matrix")
-    lr: float | None = opt(None, f"learning rate (App. G: {RATES})")
-    schedule: Literal["linear", "cosine", "constant"] = opt("linear", "of the learning rate")
-    warmup: float = opt(0.0, "share of the steps in which the learning rate rises")
-    epochs: int | None = opt(None, "passes over the training questions (default: 1)")
-    batch_questions: int | None = opt(None, "questions a step, over all processes (default: 4)")
-    pairs_per_question: int | None = opt(None, "draws from each question (App. H: 1; X-CSQA: 7)")
-    candidates: int | None = opt(None, "candidates in a draw, or all there are (default: 2)")
-    pairs: Literal["random", "gold"] = opt("random", "dco's draws; gold: as dpo's (section 6.1)")
-    seed: int = opt(0, "seed of the draws, their order and the embedded model")
-    grad_clip: float = opt(1.0, "largest gradient norm; 0 for none")
-    train_questions: int | None = opt(None, "to train on (App. H: 5000; X-CSQA: 800; atlas: 160)")
+    train_questions: int | None = opt(None, "to train on (App. H: 5000; X-CSQA: 800; atlas: 435)")
     test_questions: int | None = opt(None, "held-out questions (default: all others)")
     validation_questions: int | None = opt(None, "of neither part, to choose trust by (default: 0)")
     train_subjects: list[str] | None = opt(None, "train on these subjects alone (section 6.3)")
     test_subjects: list[str] | None = opt(None, "report on these subjects; each has its row")
     split_seed: int | None = opt(None, "seed of the split (default: 0)")
+    trust_remote_code: bool = opt(False, "run code that comes with the model")
+
+
+@dataclass(frozen=True)
+class Method:
+    _argument_group_name = "method"
+    eval_only: bool = opt(False, "judge the model, of a run on that run's questions; train nothing")
+    method: Literal["dco", "sft", "dpo", "calm"] = opt("dco", "what is trained (section 6.1)")
+    objective: Literal["joint", "pairwise"] = opt("joint", "Eq. 15, or random pairs of languages")
+    beta: float | None = opt(None, "strength of the KL term, Eq. 1 (default: 1; dpo and calm: 0.1)")
+    trust: list[str] | None = opt(None, f"LANG=WEIGHT where it is not 1; {TRUST}")
+    gamma: list[str] | None = opt(None, "instead: gamma_1 gamma_2 of Eq. 6, or a JSON matrix")
+    pairs_per_question: int | None = opt(None, "draws from each question (App. H: 1; X-CSQA: 7)")
+    candidates: int | None = opt(None, "in a draw, or all there are (default: 2; embedded: 6)")
+    pairs: Literal["random", "gold"] = opt("random", "dco's draws; gold: as dpo's (section 6.1)")
     score: Literal["sum", "mean"] | None = opt(None, "rank by answers' log-probs, or their mean")
+    seed: int = opt(0, "seed of the draws, their order and the embedded model")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    _argument_group_name = "optimizer"
+    lr: float | None = opt(None, f"learning rate (App. G: {RATES}; embedded: {SCALED} times that)")
+    schedule: Literal["linear", "cosine", "constant"] = opt("linear", "of the learning rate")
+    warmup: float = opt(0.0, "share of the steps in which the learning rate rises")
+    epochs: int | None = opt(None, "passes over the training questions (default: 1; embedded: 3)")
+    batch_questions: int | None = opt(None, "a step, of all processes (default: 4; embedded: 8)")
+    grad_clip: float = opt(1.0, "largest gradient norm; 0 for none")
+
+
+@dataclass(frozen=True)
+class Machine:
+    _argument_group_name = "machine"
     max_tokens: int = opt(2048, "tokens fed at once; lower it where memory runs out")
     dtype: Literal["float32", "bfloat16"] | None = opt(None, "of matrix products; cuda: bfloat16")
     device: Literal["cpu", "cuda"] | None = opt(None, "default: cuda if there is, and a --model")
     gradient_checkpointing: bool = opt(False, "less memory, more time: activations twice")
     shard: bool = opt(False, "FSDP2: split weights, gradients and moments over processes")
     offload: bool = opt(False, "--shard, and keep them in the machine's memory: slow, little GPU")
+    timeout: float = opt(60.0, "minutes to wait for another process before giving up")
+
+
+@dataclass(frozen=True)
+class Output:
+    _argument_group_name = "output"
+    out: str = opt("", "new or empty folder for what is written (default: runs/1, runs/2, ...)")
     save_every: int = opt(250, "steps between checkpoints, the last two of which stay; 0: none")
     resume: bool = opt(False, "continue the run in --out, or begin it: safe to leave on")
-    timeout: float = opt(60.0, "minutes to wait for another process before giving up")
-    trust_remote_code: bool = opt(False, "run code that comes with the model")
+    eval_every: int = opt(0, "steps between looks at the validation, or held-out, part; 0: none")
+    eval_questions: int | None = opt(None, "for such a look, the first so many (default: all)")
+
+
+@dataclass(frozen=True)
+class Config(Output, Machine, Optimizer, Method, What):
+    """Train a multilingual language model by Direct Consistency Optimization, or by what the paper
+    compares it with. The defaults are the paper's; without --model a tiny model is made on the
+    spot, the embedded one, with defaults of its own."""
 
     def __post_init__(self) -> None:
         """Fill in the defaults; raise InputError for what is out of range or has no use."""
@@ -133,8 +165,8 @@ class Config:
         found["pairs_per_question"] = 7 if xcsqa and method in ("dco", "dpo") else 1  # App. H
         if xcsqa and method == "dco" and self.lr is None and is_gemma(self.model):
             found["lr"] = 1e-6
-        if not self.model:  # a tiny model takes more steps, and thirty times the paper's rate
-            found |= {"lr": 30 * LR[method], "epochs": 11, "batch_questions": 8}
+        if not self.model:
+            found |= {"lr": SCALED * LR[method], "epochs": 3, "batch_questions": 8}
         if not self.model and method == "dco":
             english = "en" in (self.langs or ["en"]) and not self.gamma
             found |= {"candidates": 2 if self.pairs == "gold" else 6, "trust": ["en=2"] * english}
@@ -155,6 +187,10 @@ class Config:
                 raise InputError(f"--{min(unused)}: {what} has no use of it; leave it out")
 
 
+EXAMPLE = """example: python train.py --model DIR --data bmlama:DIR --langs en es \\
+    --train_questions 1000 --test_questions 300 --out runs/en-es"""
+
+
 def is_gemma(name: str) -> bool:
     """Whether a model's config.json names it a Gemma; False where there is none to read."""
     with suppress(*UNREADABLE):
@@ -165,7 +201,21 @@ def is_gemma(name: str) -> bool:
 
 def parse_config() -> Config:
     """The command line. Raises InputError for settings that do not exist or do not go together."""
-    parser = transformers.HfArgumentParser(Config, prog="train.py", description=Config.__doc__)
+    parser = transformers.HfArgumentParser(
+        [What, Method, Optimizer, Machine, Output],
+        prog="train.py",
+        usage="[torchrun --nproc_per_node N] train.py [--SETTING VALUE ...]",
+        description=Config.__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def fail(message):
+        raise InputError(f"{message}; --help lists the settings")
+
+    parser.error = fail
+    for action in parser._actions:  # in the help, that is: --batch-questions is understood, too
+        action.option_strings = action.option_strings[:1]
     given, unknown = parser.parse_known_args()
     if unknown:
         raise InputError(f"no such setting: {' '.join(unknown)}; --help lists them")
@@ -203,6 +253,8 @@ def gamma_matrix(config: Config) -> Tensor:
     try:
         for item in config.trust:
             lang, weight = item.split("=")
+            if [each.partition("=")[0] for each in config.trust].count(lang) > 1:
+                raise ValueError(f"{lang!r} comes twice")
             if lang not in langs:
                 raise ValueError(f"{lang!r} is not among --langs {' '.join(langs)}")
             weights[lang] = float(weight)
@@ -302,9 +354,11 @@ def train(
     packed: bool,
     log: Callable[[dict], None],
     folder: Path | None = None,
+    evaluate: Callable[[], dict] = dict,
 ) -> int:
     """Minimise the loss, summed over languages, averaged over a step's items; the tokens fed.
 
+    What `evaluate` finds, every --eval_every steps, goes into the log and on the bar.
     Begins at the newest checkpoint in `folder`, and saves the step after SIGTERM or Ctrl-C. Raises
     FloatingPointError for a step that is not finite, before it is taken.
     """
@@ -319,7 +373,7 @@ def train(
     state = load_checkpoint(folder, model, optimizer, scheduler) if folder else {}
     done, tokens = state.get("step", 0), state.get("tokens", 0)
     mixed = autocast(config, device)
-    steps = progress(islice(batches, done, None), "train", total, done)
+    steps, shown = progress(islice(batches, done, None), "train", total, done), {}
     with stop_flags() as flags:
         for step, items in enumerate(steps, done + 1):
             ref = torch.stack([item.ref_logps for item in items])  # (B, L, K)
@@ -354,7 +408,13 @@ def train(
             optimizer.zero_grad()
             tokens += sum(item.trees[i].tokens(packed) for item in items for i in item.trained)
             metrics = step_metrics(items, logps, ref, r_align, losses, config)
-            steps.set_postfix(loss=metrics["loss"], refresh=False)
+            if config.eval_every and step % config.eval_every == 0:
+                metrics |= evaluate()
+                model.train()
+            shown = {
+                x.rpartition("/")[2]: y for x, y in metrics.items() if x[:5] == "eval/"
+            } or shown
+            steps.set_postfix(loss=metrics["loss"], **shown, refresh=False)
             log({"step": step, **metrics, "grad_norm": float(norm), "lr": lr})
             stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
             due = config.save_every and (step % config.save_every == 0 or step == total)
@@ -553,12 +613,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 def progress(steps: Iterable, desc: str, total: int, done: int = 0) -> tqdm:
-    """Steps under a bar on rank 0 or, without a terminal, a line every ten seconds."""
+    """Steps under a bar on rank 0 or, without a terminal, a line every ten seconds; "" for none."""
     line = "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
     look = {"leave": False, "dynamic_ncols": True}
     if not sys.stderr.isatty():
         look = {"leave": True, "mininterval": 10, "bar_format": line}
-    return tqdm(steps, desc, total, initial=done, disable=dist.get_rank() > 0, **look)
+    return tqdm(steps, desc, total, initial=done, disable=dist.get_rank() > 0 or not desc, **look)
 
 
 # ------------------------------------------------------------------------------ loading and scoring
@@ -602,6 +662,17 @@ UNREADABLE = OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeEr
 UNREADABLE += (SafetensorError,)
 
 
+def hub_is_reached() -> bool:
+    """Whether there is a network with the Hugging Face hub in it."""
+    try:
+        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        urlopen(Request(url, method="HEAD"), timeout=10).close()
+    except OSError as error:
+        why = getattr(error, "reason", error)  # others, as a status, tell that it is there
+        return not isinstance(why, (socket.gaierror, ConnectionError, TimeoutError))
+    return True
+
+
 def load_model(config: Config) -> tuple[nn.Module, Any]:
     """The model in float32, with dropout off, and its tokenizer.
 
@@ -614,6 +685,8 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
     if adapters and not Path(name, "config.json").is_file():
         merge = "merge them into their model first (peft's merge_and_unload), and name the result"
         raise InputError(f"--model {name} holds adapters alone; {merge}")
+    if not Path(name).is_dir() and not hub_is_reached():
+        remote["local_files_only"] = True  # what was downloaded before; else a try for each file
     try:
         settings = transformers.AutoConfig.from_pretrained(name, **remote)
         for part in (settings, settings.get_text_config()):
@@ -635,10 +708,16 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
         raise
     except UNREADABLE as error:
         where = "" if Path(name).is_dir() else " (there is no such folder)"
+        where = (
+            " (no such folder, and the hub is not reached)"
+            if "local_files_only" in remote
+            else where
+        )
         form = "wanted is a folder or hub name with config.json, tokenizer and .safetensors"
         form += " (.bin may run code, and GGUF is not read)"
         wrong = f"--model {name}{where}: no causal language model can be loaded from it"
-        raise InputError(f"{wrong}; {form}. {error!r}") from error
+        why = str(error).partition("\n")[0] or repr(error)
+        raise InputError(f"{wrong}; {form}. {why}") from error
     model.requires_grad_(False)  # no text reaches what is for pictures, as Gemma 3's vision tower
     for part in (model.get_decoder(), model.get_output_embeddings()):
         part.requires_grad_(True)
@@ -941,8 +1020,8 @@ COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts 
 def embedded_model(config: Config, known: bool) -> tuple[nn.Module, Any]:
     """A tiny Llama over whole words that has learnt real facts unevenly, and its tokenizer.
 
-    Each language has its share of them (COVERAGE), drawn by the seed, and the countries' names in
-    the others, a bridge for facts. One whose weights are `known`, from a checkpoint, is not taught.
+    Each language has its share of them (COVERAGE), drawn by the seed, and the countries' names from
+    the first language and into it. One whose weights are `known`, from a checkpoint, is not taught.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -955,7 +1034,9 @@ def embedded_model(config: Config, known: bool) -> tuple[nn.Module, Any]:
             if random.Random(f"{config.seed}/{question.id}/{lang}").random() < COVERAGE[lang]:
                 facts.append(sentences[question.gold])
     names = [row for row in data.atlas() if row["relation"] == "of"]
-    facts += [f"{r[a]} = {r[b]}" for r in names for a, b in permutations(config.langs, 2)]
+    first, *rest = config.langs
+    pairs = [pair for lang in rest for pair in ((first, lang), (lang, first))]
+    facts += [f"{r[a]} = {r[b]}" for r in names for a, b in pairs]
     words = dict.fromkeys(word for text in texts + facts for word in text.split())
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
@@ -970,9 +1051,9 @@ def embedded_model(config: Config, known: bool) -> tuple[nn.Module, Any]:
         return model, tokenizer
     taught = [torch.tensor(ids) for ids in tokenizer(facts)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.5, betas=(0.9, 0.98))
-    scheduler = transformers.get_scheduler("cosine", optimizer, 40, 800)
+    scheduler = transformers.get_scheduler("cosine", optimizer, 40, 1000)
     rng = random.Random(config.seed)
-    for _ in (bar := progress(range(800 if dist.get_rank() == 0 else 0), "pretrain", 800)):
+    for _ in (bar := progress(range(1000 if dist.get_rank() == 0 else 0), "pretrain", 1000)):
         batch = pad_sequence(rng.sample(taught, 96), batch_first=True)
         labels, mask = batch.masked_fill(batch == 0, -100), (batch > 0).long()
         loss = model(input_ids=batch, attention_mask=mask, labels=labels).loss
@@ -1011,18 +1092,84 @@ def describe(
     return "\n".join(lines)
 
 
+def doubts(splits: rankc.Splits, trees: dict, base: dict, config: Config) -> Iterator[str]:
+    """What makes a number of the report mislead; base: a table (Q, L, K) of each split."""
+    langs = config.langs
+    yield from data.doubts([q for part in splits.values() for q in part], langs)
+    rows = [row for part in trees.values() for row in part]
+    alike = [any(len({*map(tuple, t.branches)}) < len(t.branches) for t in row) for row in rows]
+    if same := sum(alike):
+        yield f"{same} of {len(rows)} questions have answers of the same tokens: they tie"
+    for split, scores in base.items():
+        ties = (scores.sort(-1).values.diff() == 0).any(-1).double().mean(0)  # (L,) not -inf's
+        for lang, share in zip(langs, ties.tolist(), strict=True):
+            if share > 0.05:
+                found = f"candidates tie in {100 * share:.0f}% of {split}, {lang}"
+                yield f"{found}: CLC and the best answer then follow their order"
+        level = rankc.chance_levels([q.K for q in splits[split]])[0]
+        for i, j in (
+            (rankc.clc(scores).triu(1) + torch.ones_like(scores[0, :1, :1]).tril())
+            .lt(level - 0.03)
+            .nonzero()
+            .tolist()
+        ):
+            below = f"CLC of {langs[i]} and {langs[j]} in {split} is below chance"
+            yield f"{below}: do their answers stand in the same order?"
+    first, trained = langs[0], {q.prompts[langs[0]] for q in splits.get("train", [])}
+    for split in [split for split in splits if split != "train"]:
+        if shared := sum(q.prompts[first] in trained for q in splits[split]):
+            of = f"{shared} of {len(splits[split])} questions of {split}"
+            yield f"{of} share their {first} prompt with a training question"
+
+
+def forecast(splits: rankc.Splits, base: dict, ref_logps: dict, config: Config) -> str:
+    """Where pi* is less right than the base, and a trust that mends it; "" where it is nowhere.
+
+    Looks at the validation part or, without one, at the training part: not at the test's labels.
+    """
+    split = next(name for name in ("validation", "train", "test") if name in splits)
+    known = [q for q, question in enumerate(splits[split]) if question.gold is not None]
+    gold = torch.tensor([splits[split][q].gold for q in known], dtype=torch.long)
+    if not known or config.gamma:
+        return ""
+
+    def right(trust):
+        gamma = dco.gamma_from_trust(trust, config.beta)
+        return rankc.accuracy(dco.optimal_policy(ref[known], gamma, config.beta), gold)
+
+    weights, ref = dict.fromkeys(config.langs, 1.0), ref_logps[split].double()
+    weights |= {lang: float(x) for lang, x in (item.split("=") for item in config.trust)}
+    trust = torch.tensor([*weights.values()], dtype=torch.double)
+    before, after, lines = rankc.accuracy(base[split][known], gold), right(trust), []
+    for i in (after < before).nonzero()[:, 0].tolist():
+        lang, shares = config.langs[i], f"{100 * after[i]:.1f}, not {100 * before[i]:.1f}"
+        told = f"the optimum is less right than the base in {lang} ({shares}; {split})"
+        for factor in (1.5, 2, 3, 5, 10, 20, 50, 100):
+            more = trust.clone()
+            more[i] *= factor
+            if (found := right(more)[i]) >= before[i]:
+                told += f"; --trust {lang}={more[i]:g} would make it {100 * found:.1f}"
+                break
+        lines.append(told)
+    return "\n".join(lines)
+
+
 def changes(questions: list[Question], base: Tensor, trained: Tensor, langs: list[str]) -> str:
-    """The first few questions some of whose answers changed: before and after in every language."""
+    """The first few questions some of whose answers changed: right or wrong, before and after."""
     lines, before, after = [], base.argmax(-1), trained.argmax(-1)  # (Q, L)
     for q in (before != after).any(1).nonzero()[:4, 0].tolist():
         question, gold = questions[q], questions[q].gold
-        right = "not known" if gold is None else question.answers[langs[0]][gold].strip()
-        prompt = question.prompts[langs[0]].strip().partition("\n")[0]
-        lines += [f"  {prompt} ... right: {right}"]
-        for i, lang in enumerate(langs):
-            old, new = (question.answers[lang][best[q, i]].strip() for best in (before, after))
-            lines += [f"    {lang}  {old}" + f"  ->  {new}" * (old != new)]
-    return "\n".join(lines) or "  none"
+        lines += [f"  {question.prompts[langs[0]].strip().partition(chr(10))[0]} ..."]
+        for lang, old, new in zip(langs, before[q].tolist(), after[q].tolist(), strict=True):
+
+            def told(k):
+                mark = "" if gold is None else "\u2713 " if k == gold else "\u2717 "
+                return mark + question.answers[lang][k].strip()
+
+            lines += [f"    {lang}  {told(old)}" + f"  ->  {told(new)}" * (old != new)]
+            if gold not in (None, new):
+                lines[-1] += f"  (right: {question.answers[lang][gold].strip()})"
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -1078,7 +1225,8 @@ def main() -> None:
     def ranked(sums):  # what --score ranks answers by
         if config.score == "sum":
             return sums
-        flat = {s: [torch.tensor(t.scored()) for row in trees[s] for t in row] for s in trees}
+        parts = {s: trees[s][: len(sums[s])] for s in sums}
+        flat = {s: [torch.tensor(t.scored()) for row in parts[s] for t in row] for s in sums}
         return {s: sums[s] / pad_sequence(flat[s], True, 1).view_as(sums[s]) for s in sums}
 
     shapes = {s: (len(part), len(langs), max(q.K for q in part)) for s, part in splits.items()}
@@ -1090,11 +1238,28 @@ def main() -> None:
     reached = "joint " * (config.objective == "pairwise" and len(langs) > 2) + "optimum"
     sums = {"base": ref_logps, reached: {s: reach(t.double()) for s, t in ref_logps.items()}}
     tables = {**sums, "base": base}
+    for warning in doubts(splits, trees, base, config):
+        print0(f"warning: {warning}")
     sizes = [question.K for questions in splits.values() for question in questions]
     metrics = {"languages": langs, "chance": rankc.chance_levels(sizes)[0]}
     by_subject = bool(config.train_subjects or config.test_subjects)
+    if config.method == "dco" and (told := forecast(splits, base, ref_logps, config)):
+        print0(f"\n{told}")
     print0(rankc.report(splits, tables, langs, metrics, by_subject, sums) + "\n")
     last = list(splits)[-1]
+    watched = "validation" if "validation" in splits else last
+    seen = splits[watched][: config.eval_questions]
+
+    def looked(scores):  # of the questions that --eval_every looks at
+        found = rankc.by_question(scores[watched][: len(seen)], [q.gold for q in seen], langs)
+        names = ["clc", *(f"accuracy {lang}" for lang in langs)]
+        return {f"eval/{x.replace(' ', '/')}": float(found[x].nanmean()) for x in names}
+
+    def look():
+        rows = trees[watched][: len(seen)]
+        sums = {watched: score(model, rows, config, packed, ids=[q.id for q in seen])}
+        return looked(ranked(sums))
+
     if not config.eval_only:
         questions, rows, ref = splits["train"], trees["train"], ref_logps["train"]
         if config.method == "calm":
@@ -1114,7 +1279,7 @@ def main() -> None:
             def log(line):
                 print(json.dumps(line), file=file, flush=True)
 
-            tokens = train(model, batches, total, config, packed, log, folder)
+            tokens = train(model, batches, total, config, packed, log, folder, look)
         metrics["tokens"] = {"train": tokens}
         lap("train")
         save_model(model, tokenizer, out)
@@ -1123,15 +1288,22 @@ def main() -> None:
         tables["trained"] = ranked(sums["trained"])
         lap("evaluate")
         print0(rankc.report(splits, tables, langs, metrics, by_subject, sums))
-        print0(f"\nanswers that changed in {last}, the first few questions:")
-        print0(changes(splits[last], base[last], tables["trained"][last], langs))
+        if told := changes(splits[last], base[last], tables["trained"][last], langs):
+            print0(f"\nquestions of {last} whose answers changed, the first few:\n{told}")
+        print0(f"\n{last}: {rankc.verdict(metrics[last], langs, reached)}")
     if rank == 0:
         metrics["seconds"] = seconds
-        del tables[reached]  # it can be computed again
+        tables_reached = tables.pop(reached)  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
-        before, after = (metrics[last].get(name) for name in ("base", "trained"))
-        if not rankc.draw_clc(out / "clc.png", before, after, langs):
-            print0("clc.png is left out; to draw it: pip install -e '.[plot]'")
+        drawn = rankc.draw_clc(out / "clc.png", last, metrics[last], langs)
+        if config.eval_every:
+            lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+            points = [{"step": 0, **looked(base)}, *(x for x in lines if "eval/clc" in x)]
+            title = f"{watched}, {len(seen)} questions"
+            points += [looked(tables_reached)]
+            rankc.draw_curve(out / "curve.png", points, title)
+        if not drawn:
+            print0("pictures are left out; to draw them: pip install -e '.[plot]'")
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))  # last: it is finished
         shutil.rmtree(folder)
     spent = ", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items())

@@ -1,6 +1,7 @@
 """Loaders, split, sampling and tokens, on files written here; the real data where it is at hand."""
 
 import csv
+import dataclasses
 import json
 import tracemalloc
 from dataclasses import replace
@@ -398,7 +399,7 @@ def test_jsonl_refuses_what_is_no_parallel_question_naming_the_line(tmp_path, li
         ("bmlama:/no/such", "/no/such: no such folder"),
         ("mmmlu", "--data mmmlu: wanted is one of"),
         ("mmmlu:/no/such", "/no/such: no such folder"),
-        ("mmmlu:/etc/passwd", "/etc/passwd: no such folder"),
+        ("mmmlu:/etc/passwd", "/etc/passwd is a file; give the folder that it is in: /etc"),
         ("xcsqa:../no/such", "no/such: no such folder"),
     ],
 )
@@ -424,25 +425,42 @@ def test_languages_named_twice_are_refused():
 def test_the_atlas_is_whole_parallel_and_without_a_tell_tale_position():
     langs = ["en", "fr", "es", "sw"]
     questions = data.load("atlas", langs)
-    assert len(questions) == 240 and len({question.subject for question in questions}) == 6
+    assert len(questions) == 735 and len({question.subject for question in questions}) == 5
     for question in questions:
         for lang in langs:
-            assert len(set(question.answers[lang])) == 6, (
-                question.id,
-                lang,
-            )  # six different answers in each language
+            assert len(set(question.answers[lang])) == 6, (question.id, lang)
             assert "{" not in question.prompts[lang] and "  " not in question.prompts[lang]
     golds = [question.gold for question in questions]
-    assert all(25 < golds.count(k) < 60 for k in range(6))
+    assert all(90 < golds.count(k) < 160 for k in range(6))
     capital = next(question for question in questions if question.id == "capital-PE")
     assert {
         lang: capital.prompts[lang] + capital.answers[lang][capital.gold] for lang in langs
     } == {
-        "en": "The capital of Peru is Lima",
-        "fr": "La capitale du Pérou est Lima",
-        "es": "La capital de Perú es Lima",
-        "sw": "Mji mkuu wa Peru ni Lima",
+        "en": "Peru: the capital is Lima",
+        "fr": "Pérou: la capitale est Lima",
+        "es": "Perú: la capital es Lima",
+        "sw": "Peru: mji mkuu ni Lima",
     }
+    assert not list(data.doubts(questions, langs))
+
+
+def test_what_would_make_a_number_mislead_is_told():
+    def question(id, **changed):
+        answers = {"en": (" a", " b"), "es": (" c", " d"), "fr": (" a", " b")}
+        prompts = {"en": "Q", "es": "P", "fr": "Q"}
+        return data.Question(id, "", 0, prompts, answers | changed)
+
+    plain = question("1")
+    assert [*data.doubts([plain], ["en", "es"])] == []
+    (same,) = data.doubts([plain], ["en", "es", "fr"])
+    assert same.startswith("en and fr are the same texts")
+    (equal,) = data.doubts([plain, question("2", es=(" c", " c"))], ["en", "es"])
+    assert equal.startswith("1 of 2 questions offer two equal answers")
+    (permuted,) = data.doubts([plain, question("2", fr=(" b", " a"))], ["en", "fr"])
+    assert permuted.startswith("1 of 2 questions have the same answers in another order")
+    spaced = dataclasses.replace(plain, prompts={"en": "Q ", "es": "P"})
+    (space,) = data.doubts([spaced], ["en", "es"])
+    assert space.startswith("1 of 1 questions have a space at the prompt's end")
 
 
 # ------------------------------------------------------------------------------- split and sampling

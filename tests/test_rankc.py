@@ -1,8 +1,10 @@
 """The measures: RankC by hand and by brute force over sets; then the rest of a report."""
 
+import itertools
 import json
 import math
 import random
+import re
 import statistics
 
 import pytest
@@ -257,9 +259,12 @@ def test_a_report_by_subject_measures_each_subject_as_if_it_stood_alone():
     parts = metrics["test"]["subjects"]
     assert [parts[s]["questions"] for s in "abc"] == [2, 3, 4]
     alone = after[2:5], base[2:5], [0] * 3, ["en", "es"], after[2:5]
-    assert parts["b"]["trained"] == rankc.measure(*alone)
-    old, new = (100 * parts["b"][name]["clc"] for name in ("base", "trained"))
-    assert cells(text, "b")[:2] == ["3", f"{old:.1f} {new - old:+.1f}"]
+    measured = rankc.measure(*alone)
+    assert {name: parts["b"]["trained"][name] for name in measured} == measured
+    moved = 100 * (rankc.rankc(*after[2:5].unbind(1)) - rankc.rankc(*base[2:5].unbind(1)))
+    old, error = 100 * rankc.rankc(*base[2:5].unbind(1)), moved.std() / 3**0.5
+    first = f"{old.mean():.1f} ± {old.std() / 3**0.5:.1f}, {moved.mean():+.1f} ± {error:.1f}"
+    assert cells(text, "b")[:2] == ["3", first]
     assert "subjects" not in rankc.report({"test": every}, tables, ["en", "es"], {})
 
 
@@ -268,10 +273,34 @@ def test_a_report_of_many_languages_shows_each_pair_before_and_its_change():
     base, after = (torch.randn(20, 3, 4, generator=g) for _ in range(2))
     tables = {"base": {"test": base}, "trained": {"test": after}}
     text = rankc.report({"test": questions("x" * 20)}, tables, ["en", "es", "sw"], {})
+    text = text[text.index("| CLC \\ change") :]
     before, change = 100 * rankc.clc(base), 100 * (rankc.clc(after) - rankc.clc(base))
     assert cells(text, "en") == ["", f"{change[0, 1]:+.1f}", f"{change[0, 2]:+.1f}"]
     assert cells(text, "es") == [f"{before[1, 0]:.1f}", "", f"{change[1, 2]:+.1f}"]
     assert cells(text, "sw") == [f"{before[2, 0]:.1f}", f"{before[2, 1]:.1f}", ""]
+
+
+def clc_by_hand(scores):
+    """The mean over pairs of rankc of each question."""
+    pairs = itertools.combinations(scores.unbind(1), 2)
+    return torch.stack([rankc.rankc(a, b) for a, b in pairs]).mean(0)
+
+
+def test_a_verdict_tells_what_rose_what_fell_and_what_did_neither():
+    found = {"change": {"clc": (0.03, 0.01), "accuracy en": (-0.05, 0.02), "accuracy es": None}}
+    found["change"]["accuracy fr"] = 0.01, 0.02
+    found["optimum"] = {"clc": 1.0, "accuracy": {"en": 0.5, "fr": 0.25, "es": None}}
+    assert rankc.verdict(found, ["en", "fr", "es"], "optimum") == (
+        "rose: CLC +3.0 ± 1.0; fell: accuracy en -5.0 ± 2.0; moved by no more than two standard "
+        "errors: accuracy fr +1.0 ± 2.0; optimum, what DCO aims at: CLC 100.0, accuracy en 50.0, "
+        "accuracy fr 25.0"
+    )
+
+
+def test_answers_turn_right_or_wrong_where_the_right_one_is_known():
+    before = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]])
+    after = torch.tensor([[0.0, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [1, 0, 0]])
+    assert rankc.turned(before, after, [1, 0, 0, 1, None]) == [1, 1, 1]
 
 
 def test_a_report_has_a_row_for_each_measure_and_language_and_is_narrow_for_any_number_of_them():
@@ -283,14 +312,23 @@ def test_a_report_has_a_row_for_each_measure_and_language_and_is_narrow_for_any_
     text = rankc.report({"test": questions("x" * 20)}, tables, langs, metrics)
     row = metrics["test"]
     for label, chance, values in (
-        ("CLC", "37.7", [row[name]["clc"] for name in tables]),
-        ("accuracy c", "25.0", [row[name]["accuracy"]["c"] for name in tables]),
+        ("CLC", "37.7", [clc_by_hand(tables[name]["test"]) for name in tables]),
+        ("accuracy c", "25.0", [(t["test"][:, 2].argmax(-1) == 0) for t in tables.values()]),
     ):
-        shown = [f"{100 * x:.1f}" for x in values]
-        assert cells(text, label) == [chance, *shown, f"{100 * (values[-1] - values[0]):+.1f}"]
-    moved = [f"{100 * row[name]['changed']['c']:.1f}" for name in ("optimum", "trained")]
-    assert cells(text, "answers changed c") == ["", "", *moved, ""]
-    assert cells(text, "CLC-A")[1] == f"{100 * row['base']['clc_a']:.1f}"
+        values = [100 * x.double() for x in values]
+        error = [x.std() / 20**0.5 for x in (*values, values[-1] - values[0])]
+        shown = [f"{x.mean():.1f} ± {e:.1f}" for x, e in zip(values, error)]
+        shown += [f"{(values[-1] - values[0]).mean():+.1f} ± {error[-1]:.1f}"]
+        assert cells(text, label) == [chance, *shown]
+    was, now = (table[:, 2].argmax(-1) for table in (base, after))
+    turned = [
+        (now == 0) & (was != 0),
+        (was == 0) & (now != 0),
+        (was != now) & (was > 0) & (now > 0),
+    ]
+    (row_of_c,) = re.findall(r"^\| c +\|(.*)\|$", text.partition("wrong to right")[2], re.M)[:1]
+    assert [int(x) for x in row_of_c.split("|")] == [int(x.sum()) for x in turned]
+    assert cells(text, "CLC-A")[1].startswith(f"{100 * row['base']['clc_a']:.1f} ± ")
     mass = [row[name].get("probability", {}).get("c") for name in tables]
     assert mass[1] is None  # pi* is normalised over the candidates
     shown = [
@@ -301,9 +339,9 @@ def test_a_report_has_a_row_for_each_measure_and_language_and_is_narrow_for_any_
     ]
     assert cells(text, "probability of all answers c") == ["", *shown]
     nats, spread = ([row[x][y]["right"] for x in tables] for y in ("entropy", "entropy_std"))
-    shown = [f"{x:.2f} ± {y:.2f}" for x, y in zip(nats, spread)] + [""]
-    assert cells(text, "entropy where right, nats ± std") == ["", *shown]
-    assert max(map(len, text.splitlines())) < 100
+    shown = [f"{x:.2f}, {y:.2f}" for x, y in zip(nats, spread)] + [""]
+    assert cells(text, "entropy where right: mean, std in nats") == ["", *shown]
+    assert max(map(len, text.splitlines())) < 110
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4, 1)])
@@ -658,7 +696,9 @@ def test_the_picture_shows_every_pair_in_numbers_and_centres_the_change(
         rankc.measure(t, t, [0] * 20, langs, t) for t in torch.randn(2, 20, languages, 5)
     )
     for last, panels in ((after, 2), (None, 1)):
-        assert rankc.draw_clc(tmp_path / "clc.png", before, last, langs)
+        assert rankc.draw_clc(
+            tmp_path / "clc.png", "test", {"base": before, "trained": last, "questions": 20}, langs
+        )
         axes = [axes for axes in drawn[-1].axes if axes.images]
         assert len(axes) == panels
         assert all(len(ax.texts) == languages * (languages - 1) for ax in axes)
