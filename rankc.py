@@ -252,6 +252,9 @@ def report(
             nats = ["" if None in pair else "{:.2f}, {:.2f}".format(*pair) for pair in nats]
             rows.append([f"entropy where {kind}: mean, std in nats", "", *nats, *[""] * trained])
         texts += ["", format_table(rows)]
+        if shared := shared_prompts(splits, split, first):
+            told = "share their prompt with a training question"
+            texts.append(f"\n{shared} of these {len(questions)} questions {told}")
         if trained and any(question.gold is not None for question in questions):
             kinds = ["wrong to right", "right to wrong", "wrong to wrong"]
             rows = [[f"answers changed, of {len(questions)}", *kinds]]
@@ -276,6 +279,12 @@ def report(
                 rows.append([subject, str(len(picked)), *cells])
             texts += ["", format_table(rows)]
     return "\n".join(texts)
+
+
+def shared_prompts(splits: Splits, split: str, lang: str) -> int:
+    """How many questions of a split that is held out have the prompt of a training question."""
+    trained = {question.prompts[lang] for question in splits.get("train", [])}
+    return sum(question.prompts[lang] in trained for question in splits[split] if split != "train")
 
 
 def turned(before: Tensor, after: Tensor, gold: Sequence[int | None]) -> list[int]:
@@ -458,9 +467,10 @@ def compare(folders: Sequence[str], reference: str = "", plot: Path | None = Non
         if (folder / "metrics.json").is_file() and (folder / "log.jsonl").is_file():
             runs.append(read_run(folder))
         else:
-            texts.append(f"left out {folder}: not a finished run of train.py")
+            runs_in = f", but it holds some: give {folder}/*" * any(folder.glob("*/metrics.json"))
+            texts.append(f"left out {folder}: not a finished run of train.py{runs_in}")
     if not runs:
-        raise RunError("none of the folders is a finished run of train.py")
+        raise RunError(f"none of the folders is a finished run of train.py: {'; '.join(texts)}")
     there = sorted({lang for run in runs for lang in run.langs})
     if reference and reference not in there:
         raise RunError(f"--reference {reference}: no run has it; they have {', '.join(there)}")

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
-from itertools import count, islice
+from itertools import combinations, count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.request import Request, urlopen
@@ -1106,20 +1106,16 @@ def doubts(splits: rankc.Splits, trees: dict, base: dict, config: Config) -> Ite
             if share > 0.05:
                 found = f"candidates tie in {100 * share:.0f}% of {split}, {lang}"
                 yield f"{found}: CLC and the best answer then follow their order"
-        level = rankc.chance_levels([q.K for q in splits[split]])[0]
-        for i, j in (
-            (rankc.clc(scores).triu(1) + torch.ones_like(scores[0, :1, :1]).tril())
-            .lt(level - 0.03)
-            .nonzero()
-            .tolist()
-        ):
-            below = f"CLC of {langs[i]} and {langs[j]} in {split} is below chance"
-            yield f"{below}: do their answers stand in the same order?"
-    first, trained = langs[0], {q.prompts[langs[0]] for q in splits.get("train", [])}
-    for split in [split for split in splits if split != "train"]:
-        if shared := sum(q.prompts[first] in trained for q in splits[split]):
-            of = f"{shared} of {len(splits[split])} questions of {split}"
-            yield f"{of} share their {first} prompt with a training question"
+        level, matrix = rankc.chance_levels([q.K for q in splits[split]])[0], rankc.clc(scores)
+        for i, j in combinations(range(len(langs)), 2):
+            if matrix[i, j] < level - 0.03:
+                below = f"CLC of {langs[i]} and {langs[j]} in {split} is below chance"
+                yield f"{below}: do their answers stand in the same order?"
+    lang = rankc.reference_language(langs)
+    for split, part in splits.items():
+        if shared := rankc.shared_prompts(splits, split, lang):
+            of = f"{shared} of {len(part)} questions of {split}"
+            yield f"{of} share their prompt in {lang} with a training question"
 
 
 def forecast(splits: rankc.Splits, base: dict, ref_logps: dict, config: Config) -> str:

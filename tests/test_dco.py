@@ -252,6 +252,15 @@ def test_sft_is_the_negative_log_likelihood():
         (lambda: dco.align_reward(torch.zeros(2, 3), torch.eye(2)), "gamma_ii must be 0"),
         (lambda: dco.align_reward(torch.zeros(2, 3), torch.tensor([[0, 1], [1, 1.0]])), "gamma_ii"),
         (lambda: dco.dco_loss(*[torch.zeros(3, 1)] * 3, 1.0), "two or more"),
+        (
+            lambda: dco.dco_loss(
+                *[torch.zeros(3)] * 2, torch.tensor([0, -torch.inf, -torch.inf]), 1.0
+            ),
+            "fewer than two",
+        ),
+        (lambda: dco.align_reward(torch.zeros(3), torch.zeros(3, 3)), "languages, candidates"),
+        (lambda: dco.optimal_policy(torch.zeros(2, 3), torch.zeros(2, 2), 0.0), "beta must be"),
+        (lambda: dco.dpo_loss(*[torch.zeros(2)] * 2, -1.0), "beta must be positive"),
         (lambda: dco.gamma_from_trust(torch.tensor([1.0, 0.0]), 1.0), "positive"),
         (lambda: dco.gamma_from_trust(torch.tensor([1.0, -1.0]), 1.0), "positive"),
         (lambda: dco.gamma_from_trust(torch.tensor([1.0, torch.inf]), 1.0), "finite"),

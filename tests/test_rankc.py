@@ -297,6 +297,13 @@ def test_a_verdict_tells_what_rose_what_fell_and_what_did_neither():
     )
 
 
+def test_a_folder_of_runs_in_place_of_runs_is_told(tmp_path, scored):
+    (tmp_path / "runs").mkdir()
+    finished(tmp_path / "runs" / "a", *scored[:2])
+    with pytest.raises(rankc.RunError, match="it holds some: give .*runs/\\*"):
+        rankc.compare([tmp_path / "runs"])
+
+
 def test_answers_turn_right_or_wrong_where_the_right_one_is_known():
     before = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]])
     after = torch.tensor([[0.0, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [1, 0, 0]])

@@ -268,3 +268,29 @@ def test_logits_are_computed_only_where_a_row_scores_something():
     with torch.no_grad():
         dco.completion_logps(model, trees)
     assert len(asked[0]) == 1
+
+
+def test_what_encode_returns_is_scored_as_a_table_of_questions_and_languages(world):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        auto.from_pretrained(world / "model") for auto in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    langs = ["en", "es"]
+    questions = data.load(f"jsonl:{world / 'q.jsonl'}", langs)
+    rows = data.encode(tokenizer, questions, langs)
+    table = dco.completion_logps(model, rows)  # (Q, L, K)
+    assert table.shape == (len(questions), 2, 4)
+    for q, row in enumerate(rows):
+        (alone,) = one_by_one(model, row[1:])
+        torch.testing.assert_close(table[q, 1, : questions[q].K], torch.stack(alone))
+    with pytest.raises(ValueError, match="as data.encode returns"):
+        dco.completion_logps(model, ["The capital of Peru is Lima"])
+
+
+def test_a_model_that_does_not_take_packed_questions_is_scored_apart_with_a_warning(monkeypatch):
+    model, trees = tiny("llama", "sdpa"), some_trees(1)
+    monkeypatch.setattr(dco, "packs_exactly", lambda *_: False)
+    with pytest.warns(UserWarning, match="does not take packed"):
+        scores = dco.completion_logps(model, trees)
+    torch.testing.assert_close(scores, dco.completion_logps(model, trees, packed=False))

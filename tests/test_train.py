@@ -610,6 +610,31 @@ def test_looks_on_the_way_are_the_reports_measures_and_leave_training_as_it_is(w
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_tables_that_mislead_are_told_of():
+    from train import Config, doubts
+
+    def told(test, K=4):
+        langs = ["en", "es"]
+        answers = {lang: tuple(f"{lang}{k}" for k in range(K)) for lang in langs}
+        splits = {
+            part: [data.Question(f"{part}{q}", "", 0, {x: f"{x} {q % 5}" for x in langs}, answers)
+                   for q in range(n)]
+            for part, n in (("train", 3), ("test", len(test)))
+        }  # fmt: skip
+        trees = {"test": [[data.Tree([1], [[1], [2]])] * 2] * (len(test) - 1)}
+        trees["test"] += [[data.Tree([1], [[1], [2]]), data.Tree([1], [[2], [2]])]]
+        return [*doubts(splits, trees, {"test": test}, Config(model="x", langs=langs))]
+
+    scores = torch.randn(10, 1, 4, generator=torch.Generator().manual_seed(0)).repeat(1, 2, 1)
+    same, shared = told(scores)
+    assert same == "1 of 10 questions have answers of the same tokens: they tie"
+    assert shared == "6 of 10 questions of test share their prompt in en with a training question"
+    tied, scores = scores.clone(), torch.stack([scores[:, 0], -scores[:, 0]], 1)
+    tied[:, 1] = 0.0
+    assert any(text.startswith("candidates tie in 100% of test, es") for text in told(tied))
+    assert any("CLC of en and es in test is below chance" in text for text in told(scores))
+
+
 def test_the_forecast_names_the_language_that_would_lose_and_the_trust_that_mends_it():
     from train import Config, forecast
 
