@@ -103,13 +103,16 @@ def entropy(scores: Tensor) -> Tensor:
     return -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
 
 
-def by_question(scores: Tensor, gold: Sequence[int | None], langs: Sequence[str]) -> dict:
+def by_question(
+    scores: Tensor, gold: Sequence[int | None], langs: Sequence[str], first: str = ""
+) -> dict[str, Tensor]:
     """Each measure of each question: (Q, L, K) -> {"clc" or "accuracy <lang>": (Q,) float64}.
 
-    "clc" is the mean over pairs of languages, "clc_<first>" over those with the reference language.
+    "clc" is the mean over pairs of languages, "clc_<first>" over those with `first`, by default the
+    reference language.
     Accuracy is NaN where the right answer is not known. Raises ValueError as rankc does.
     """
-    consist, first = _consist(scores), reference_language(langs)
+    consist, first = _consist(scores), first or reference_language(langs)
     pairs = {pair: consist(*pair) for pair in combinations(range(len(langs)), 2)}
     known = torch.tensor([math.nan if g is None else float(g) for g in gold], dtype=torch.double)
     right = top1_correct(scores, known.nan_to_num().long()) + 0 * known[:, None]  # (Q, L)
@@ -198,55 +201,45 @@ def report(
     `sums` are log-probs where `tables` rank by another score.
     """
     texts, first, trained = [], reference_language(langs), "trained" in tables
+    keys = {"clc": "CLC", f"clc_{first}": f"CLC-{first.upper()}"}
+    keys |= {f"accuracy {lang}": f"accuracy {lang}" for lang in langs}
 
     def measured(found, split, picked):
         gold, ids = ([getattr(splits[split][q], x) for q in picked] for x in ("gold", "id"))
-        found.setdefault("questions", len(picked))
-        every = {name: by_question(tables[name][split][picked], gold, langs) for name in tables}
+        scores = {name: table[split][picked] for name, table in tables.items()}
+        every = {name: by_question(table, gold, langs) for name, table in scores.items()}
+        if trained:
+            every["change"] = {x: every["trained"][x] - old for x, old in every["base"].items()}
+            pairs = zip(langs, scores["base"].unbind(1), scores["trained"].unbind(1), strict=True)
+            found["answers"] = {lang: turned(old, new, gold) for lang, old, new in pairs}
+        found |= {"questions": len(picked), "with_error": {}}
+        for name, values in every.items():
+            both = {x: mean_and_error([(ids, each)]) for x, each in values.items()}
+            found["with_error"][name] = both
         for name in [name for name in tables if name not in found]:
-            own = tables[name], tables["base"], (sums or tables)[name]
-            each, base, logps = (table[split][picked] for table in own)
-            found[name] = measure(each, base, gold, langs, logps)
-            errors = {x: mean_and_error([(ids, values)]) for x, values in every[name].items()}
-            found[name]["error"] = {x: None if e is None else e[1] for x, e in errors.items()}
+            logps = (sums or tables)[name][split][picked]
+            found[name] = measure(scores[name], scores["base"], gold, langs, logps)
             if name.endswith("optimum"):
                 del found[name]["probability"]  # normalised: it is 1
-        if trained:
-            pairs = {x: every["trained"][x] - old for x, old in every["base"].items()}
-            found["change"] = {x: mean_and_error([(ids, moved)]) for x, moved in pairs.items()}
-            found["answers"] = {
-                lang: turned(*(tables[x][split][picked][:, i] for x in ("base", "trained")), gold)
-                for i, lang in enumerate(langs)
-            }
         return found
 
     for split, questions in reversed(splits.items()):  # held out first
         found = measured(metrics.setdefault(split, {}), split, range(len(questions)))
         levels = chance_levels([question.K for question in questions])
-        rows = [[f"{split}, {len(questions)} questions", "chance", *tables]]
-        rows[0] += ["change"] * trained
-        every = [found[name] for name in tables]
-
-        def add(label, level, values, key="", form=".1f"):
-            errors = [each["error"].get(key) for each in every]
-            cells = [_with_error(*pair, form) for pair in zip(values, errors, strict=True)]
-            if trained:
-                moved = None if None in values[:: len(values) - 1] else values[-1] - values[0]
-                error = (found["change"].get(key) or [None] * 2)[1]
-                cells.append(_with_error(moved, error, f"+{form}"))
-            rows.append([label, percent(level), *cells])
-
-        add("CLC", levels[0], [each["clc"] for each in every], "clc")
-        if len(langs) > 2:
-            key = f"clc_{first}"
-            add(f"CLC-{first.upper()}", levels[0], [each[key] for each in every], key)
-        for lang in langs:
-            shares = [each["accuracy"][lang] for each in every]
-            add(f"accuracy {lang}", levels[1], shares, f"accuracy {lang}")
-        add("same top answer", levels[1], [each["top1_agreement"] for each in every])
+        rows = [[f"{split}, {len(questions)} questions", "chance", *tables, *["change"] * trained]]
+        every, both = [found[name] for name in tables], found["with_error"]
+        for key, label in keys.items():
+            if key != f"clc_{first}" or len(langs) > 2:  # of two languages it is CLC
+                cells = [_with_error(both[name][key]) for name in tables]
+                cells += [_with_error(both["change"][key], "+.1f")] if trained else []
+                rows.append([label, percent(levels[key not in ("clc", f"clc_{first}")]), *cells])
+        shares = [("same top answer", levels[1], [each["top1_agreement"] for each in every])]
         for lang in langs:
             mass = [each.get("probability", {}).get(lang) for each in every]
-            add(f"probability of all answers {lang}", None, mass, form=".3g")
+            shares.append((f"probability of all answers {lang}", None, mass))
+        for label, level, values in shares:
+            change = [percent(values[-1] - values[0], "+.3g")] if trained else []
+            rows.append([label, percent(level), *(percent(x, ".3g") for x in values), *change])
         for kind in ("right", "wrong"):
             nats = [(each["entropy"][kind], each["entropy_std"][kind]) for each in every]
             nats = ["" if None in pair else "{:.2f}, {:.2f}".format(*pair) for pair in nats]
@@ -263,19 +256,16 @@ def report(
         if len(langs) > 2:
             texts += ["", format_table(_pairs(found, langs))]
         if by_subject:
-            keys = ["clc", *(f"accuracy {lang}" for lang in langs)]
-            rows = [["subject", "questions", "CLC", *keys[1:]]]
+            shown = [key for key in keys if key != f"clc_{first}"]
+            rows = [["subject", "questions", *(keys[key] for key in shown)]]
             for subject in sorted({question.subject for question in questions}):
                 picked = [q for q, question in enumerate(questions) if question.subject == subject]
                 part = found.setdefault("subjects", {}).setdefault(subject, {})
-                part, cells = measured(part, split, picked), []
-                for key in keys:
-                    lang = key.removeprefix("accuracy ")
-                    value = part["base"]["clc" if key == "clc" else "accuracy"]
-                    value = value if key == "clc" else value[lang]
-                    cells.append(_with_error(value, part["base"]["error"][key]))
-                    if trained and part["change"][key]:
-                        cells[-1] += f", {_with_error(*part['change'][key], '+.1f')}"
+                both = measured(part, split, picked)["with_error"]
+                cells = [[_with_error(both["base"][key]) for key in shown]]
+                if trained:
+                    cells += [[_with_error(both["change"][key], "+.1f") for key in shown]]
+                cells = [", ".join(filter(None, pair)) for pair in zip(*cells, strict=True)]
                 rows.append([subject, str(len(picked)), *cells])
             texts += ["", format_table(rows)]
     return "\n".join(texts)
@@ -298,9 +288,10 @@ def turned(before: Tensor, after: Tensor, gold: Sequence[int | None]) -> list[in
     return [int((moved & kind).sum()) for kind in (now, was, ~was & ~now)]
 
 
-def _with_error(value: float | None, error: float | None, form: str = ".1f") -> str:
-    known = error is not None and not math.isnan(error)
-    return percent(value, form) + f" ± {percent(error)}" * known
+def _with_error(both: tuple[float, float] | None, form: str = ".1f") -> str:
+    if both is None:
+        return ""
+    return percent(both[0], form) + f" ± {percent(both[1])}" * (not math.isnan(both[1]))
 
 
 def verdict(found: dict, langs: Sequence[str], reached: str) -> str:
@@ -308,10 +299,9 @@ def verdict(found: dict, langs: Sequence[str], reached: str) -> str:
     names = {"clc": "CLC"} | {f"accuracy {lang}": f"accuracy {lang}" for lang in langs}
     kinds = {"rose": [], "fell": [], "moved by no more than two standard errors": []}
     for key, name in names.items():
-        if change := found["change"][key]:
-            mean, error = change
-            kind = 2 if not abs(mean) > 2 * error else int(mean < 0)
-            kinds[[*kinds][kind]].append(f"{name} {_with_error(mean, error, '+.1f')}")
+        if change := found["with_error"]["change"][key]:
+            kind = 2 if not abs(change[0]) > 2 * change[1] else int(change[0] < 0)
+            kinds[[*kinds][kind]].append(f"{name} {_with_error(change, '+.1f')}")
     told = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     aim = [f"CLC {percent(found[reached]['clc'])}"]
     shares = found[reached]["accuracy"].items()
@@ -363,7 +353,8 @@ class Run(NamedTuple):
 
 
 # Settings that say where and how a run is computed: they move nothing but rounding.
-MACHINE = "out resume save_every max_tokens gradient_checkpointing shard offload device timeout"
+MACHINE = "out resume save_every eval_every eval_questions max_tokens gradient_checkpointing "
+MACHINE += "shard offload device timeout"
 # In which runs of one table may differ.
 FREE = MACHINE + " langs test_subjects validation_questions processes torch transformers git"
 
@@ -429,7 +420,7 @@ def mean_and_error(parts: Sequence[tuple[Sequence[str], Tensor]]) -> tuple[float
 
 
 def _cell(parts: Sequence[tuple[Sequence[str], Tensor]], form: str = ".1f") -> str:
-    return _with_error(*(mean_and_error(parts) or (None, None)), form)
+    return _with_error(mean_and_error(parts), form)
 
 
 def _by_question(run: Run, first: str, subject: str | None = None) -> tuple:
@@ -439,14 +430,12 @@ def _by_question(run: Run, first: str, subject: str | None = None) -> tuple:
     NaN where the right answer is not known.
     """
     at = [q for q, own in enumerate(run.subjects) if subject in (None, own)]
-    order = [first, *(lang for lang in run.langs if lang != first)]
-    axis, gold, tables = [run.langs.index(x) for x in order], [run.gold[q] for q in at], []
-    for scores in (run.base[at][:, axis], run.trained[at][:, axis]):
-        found = by_question(scores, gold, order)
-        own, *others = (found[f"accuracy {lang}"] for lang in order)
-        clc_first = torch.stack([rankc(scores[:, 0], x) for x in scores[:, 1:].unbind(1)]).mean(0)
-        columns = [found["clc"], clc_first, own, torch.stack(others).mean(0)]
-        tables.append(torch.stack(columns))
+    gold, tables = [run.gold[q] for q in at], []
+    for scores in (run.base[at], run.trained[at]):
+        found = by_question(scores, gold, run.langs, first)
+        others = [f"accuracy {lang}" for lang in run.langs if lang != first]
+        columns = [found["clc"], found[f"clc_{first}"], found[f"accuracy {first}"]]
+        tables.append(torch.stack([*columns, torch.stack([found[x] for x in others]).mean(0)]))
     return [run.ids[q] for q in at], tables[0], tables[1] - tables[0]
 
 

@@ -117,8 +117,8 @@ class Optimizer:
     lr: float | None = opt(None, f"learning rate (App. G: {RATES}; embedded: {SCALED} times that)")
     schedule: Literal["linear", "cosine", "constant"] = opt("linear", "of the learning rate")
     warmup: float = opt(0.0, "share of the steps in which the learning rate rises")
-    epochs: int | None = opt(None, "passes over the training questions (default: 1; embedded: 3)")
-    batch_questions: int | None = opt(None, "a step, of all processes (default: 4; embedded: 8)")
+    epochs: int | None = opt(None, "passes over the training questions (default: 1; embedded: 6)")
+    batch_questions: int | None = opt(None, "a step, of all processes (default: 4; embedded: 16)")
     grad_clip: float = opt(1.0, "largest gradient norm; 0 for none")
 
 
@@ -166,7 +166,7 @@ class Config(Output, Machine, Optimizer, Method, What):
         if xcsqa and method == "dco" and self.lr is None and is_gemma(self.model):
             found["lr"] = 1e-6
         if not self.model:
-            found |= {"lr": SCALED * LR[method], "epochs": 3, "batch_questions": 8}
+            found |= {"lr": SCALED * LR[method], "epochs": 6, "batch_questions": 16}
         if not self.model and method == "dco":
             english = "en" in (self.langs or ["en"]) and not self.gamma
             found |= {"candidates": 2 if self.pairs == "gold" else 6, "trust": ["en=2"] * english}
@@ -1043,7 +1043,7 @@ def embedded_model(config: Config, known: bool) -> tuple[nn.Module, Any]:
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
     torch.manual_seed(config.seed)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": True}
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **sizes, **special))
@@ -1051,9 +1051,9 @@ def embedded_model(config: Config, known: bool) -> tuple[nn.Module, Any]:
         return model, tokenizer
     taught = [torch.tensor(ids) for ids in tokenizer(facts)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.5, betas=(0.9, 0.98))
-    scheduler = transformers.get_scheduler("cosine", optimizer, 40, 1000)
+    scheduler = transformers.get_scheduler("cosine", optimizer, 40, 1400)
     rng = random.Random(config.seed)
-    for _ in (bar := progress(range(1000 if dist.get_rank() == 0 else 0), "pretrain", 1000)):
+    for _ in (bar := progress(range(1400 if dist.get_rank() == 0 else 0), "pretrain", 1400)):
         batch = pad_sequence(rng.sample(taught, 96), batch_first=True)
         labels, mask = batch.masked_fill(batch == 0, -100), (batch > 0).long()
         loss = model(input_ids=batch, attention_mask=mask, labels=labels).loss
@@ -1249,7 +1249,8 @@ def main() -> None:
     def looked(scores):  # of the questions that --eval_every looks at
         found = rankc.by_question(scores[watched][: len(seen)], [q.gold for q in seen], langs)
         names = ["clc", *(f"accuracy {lang}" for lang in langs)]
-        return {f"eval/{x.replace(' ', '/')}": float(found[x].nanmean()) for x in names}
+        found = {x: found[x].nanmean().item() for x in names if not found[x].isnan().all()}
+        return {f"eval/{x.replace(' ', '/')}": share for x, share in found.items()}
 
     def look():
         rows = trees[watched][: len(seen)]

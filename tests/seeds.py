@@ -37,10 +37,15 @@ def main() -> None:
         for seed, found in zip(given.seeds, pool.map(run, given.seeds), strict=True):
             langs, row = found["languages"], [str(seed)]
             for part in (found["test"], found["train"]):
-                mean, error = part["change"]["clc"]
+                mean, error = part["with_error"]["change"]["clc"]
                 right, wrong, _ = map(sum, zip(*part["answers"].values(), strict=True))
                 row += [f"{100 * mean:+.1f} ± {100 * error:.1f}", f"{right} / {wrong}"]
-            moved.append([100 * found["test"]["change"][f"accuracy {lang}"][0] for lang in langs])
+            moved.append(
+                [
+                    100 * found["test"]["with_error"]["change"][f"accuracy {lang}"][0]
+                    for lang in langs
+                ]
+            )
             rows.append([*row, *(f"{x:+.1f}" for x in moved[-1])])
             rows[-1].append(f"{sum(found['seconds'].values()):.0f}")
             print(*rows[-1], sep=", ", file=sys.stderr, flush=True)

@@ -259,8 +259,7 @@ def test_a_report_by_subject_measures_each_subject_as_if_it_stood_alone():
     parts = metrics["test"]["subjects"]
     assert [parts[s]["questions"] for s in "abc"] == [2, 3, 4]
     alone = after[2:5], base[2:5], [0] * 3, ["en", "es"], after[2:5]
-    measured = rankc.measure(*alone)
-    assert {name: parts["b"]["trained"][name] for name in measured} == measured
+    assert parts["b"]["trained"] == rankc.measure(*alone)
     moved = 100 * (rankc.rankc(*after[2:5].unbind(1)) - rankc.rankc(*base[2:5].unbind(1)))
     old, error = 100 * rankc.rankc(*base[2:5].unbind(1)), moved.std() / 3**0.5
     first = f"{old.mean():.1f} ± {old.std() / 3**0.5:.1f}, {moved.mean():+.1f} ± {error:.1f}"
@@ -287,8 +286,9 @@ def clc_by_hand(scores):
 
 
 def test_a_verdict_tells_what_rose_what_fell_and_what_did_neither():
-    found = {"change": {"clc": (0.03, 0.01), "accuracy en": (-0.05, 0.02), "accuracy es": None}}
-    found["change"]["accuracy fr"] = 0.01, 0.02
+    change = {"clc": (0.03, 0.01), "accuracy en": (-0.05, 0.02), "accuracy es": None}
+    change["accuracy fr"] = 0.01, 0.02
+    found = {"with_error": {"change": change}}
     found["optimum"] = {"clc": 1.0, "accuracy": {"en": 0.5, "fr": 0.25, "es": None}}
     assert rankc.verdict(found, ["en", "fr", "es"], "optimum") == (
         "rose: CLC +3.0 ± 1.0; fell: accuracy en -5.0 ± 2.0; moved by no more than two standard "

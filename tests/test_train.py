@@ -42,7 +42,7 @@ def test_a_run_leaves_all_its_outputs(world, alone):
     )  # policy = reference at step 0, whatever is packed with what
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["languages"] == ["en", "es", "fr"] and metrics["train"]["questions"] == 7
-    assert set(metrics["test"]) >= {"questions", "base", "optimum", "trained", "change"}
+    assert set(metrics["test"]) >= {"questions", "base", "optimum", "trained", "with_error"}
     assert metrics["test"]["optimum"]["clc"] == pytest.approx(1)
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 11 and len(answers[0]["base"]["en"]) in (3, 4)
@@ -588,7 +588,7 @@ def test_the_default_run_makes_the_embedded_model_consistent(tmp_path):
     text = launch("train.py", torchrun=1, cwd=tmp_path)
     metrics = json.loads((tmp_path / "runs" / "1" / "metrics.json").read_text())
     for split in ("train", "test"):
-        change, error = metrics[split]["change"]["clc"]
+        change, error = metrics[split]["with_error"]["change"]["clc"]
         assert change > 3 * error
         righter, wronger, _ = map(sum, zip(*metrics[split]["answers"].values()))
         assert righter > wronger
