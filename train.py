@@ -59,8 +59,8 @@ RATES += "dpo and calm 5e-6"
 # What --eval_only takes from the run that left --model, unless the command line says otherwise.
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
 OF_THE_RUN += "validation_questions train_subjects test_subjects"
-TRUST = "a trusted one moves less (embedded: en=2)"
-SCALED = 30  # a tiny model takes a larger rate
+TRUST = "a trusted one moves less"
+SCALED = 20  # a tiny model takes a larger rate
 UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
     "candidates pairs grad_clip gradient_checkpointing save_every eval_every eval_questions",
@@ -167,9 +167,8 @@ class Config(Output, Machine, Optimizer, Method, What):
             found["lr"] = 1e-6
         if not self.model:
             found |= {"lr": SCALED * LR[method], "epochs": 6, "batch_questions": 16}
-        if not self.model and method == "dco":
-            english = "en" in (self.langs or ["en"]) and not self.gamma
-            found |= {"candidates": 2 if self.pairs == "gold" else 6, "trust": ["en=2"] * english}
+        if not self.model and method == "dco" and self.pairs == "random":
+            found["candidates"] = 6
         for name, value in found.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

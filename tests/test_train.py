@@ -511,11 +511,9 @@ def test_a_gamma_of_another_rank_warns_and_trains(world):
 def test_the_embedded_defaults_give_way_to_what_is_asked():
     import train
 
-    assert train.Config(langs=["en", "sw"]).trust == ["en=2"]
-    assert train.Config(langs=["en", "sw"], trust=["sw=3"]).trust == ["sw=3"]
-    assert train.Config(langs=["fr", "es"]).trust == []
-    assert train.Config(gamma=["0.1", "10"]).trust == []
-    assert train.Config(method="dpo").trust == []
+    assert (train.Config().candidates, train.Config(candidates=3).candidates) == (6, 3)
+    assert train.Config(pairs="gold").candidates == 2 and train.Config(epochs=1).epochs == 1
+    assert train.Config().lr == pytest.approx(20 * train.Config(model="x").lr)
 
 
 def test_a_validation_part_changes_neither_other_part(world):
