@@ -655,6 +655,7 @@ def main() -> None:
     parser.add_argument("--reference", default="", metavar="LANG", help=told)
     told = "Figure 2, of runs that differ in gamma or trust alone (%(default)s)"
     parser.add_argument("--plot", type=Path, default="directions.png", metavar="FILE", help=told)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # without the usage
     given = parser.parse_args()
     try:
         print(compare(given.runs, given.reference, given.plot))
