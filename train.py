@@ -70,7 +70,9 @@ UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--pairs gold": "candidates",
 }
 AT_LEAST = dict.fromkeys("max_tokens epochs batch_questions pairs_per_question".split(), 1)
-AT_LEAST |= dict.fromkeys("save_every eval_every grad_clip warmup validation_questions".split(), 0)
+AT_LEAST |= dict.fromkeys(
+    "save_every eval_every eval_questions grad_clip warmup validation_questions".split(), 0
+)
 AT_LEAST |= {"candidates": 2}
 
 
@@ -141,7 +143,7 @@ class Output:
     save_every: int = opt(250, "steps between checkpoints, the last two of which stay; 0: none")
     resume: bool = opt(False, "continue the run in --out, or begin it: safe to leave on")
     eval_every: int = opt(0, "steps between looks at the validation, or held-out, part; 0: none")
-    eval_questions: int | None = opt(None, "for such a look, the first so many (default: all)")
+    eval_questions: int = opt(0, "for such a look, the first so many; 0: all")
 
 
 @dataclass(frozen=True)
@@ -1243,7 +1245,7 @@ def main() -> None:
     print0(rankc.report(splits, tables, langs, metrics, by_subject, sums) + "\n")
     last = list(splits)[-1]
     watched = "validation" if "validation" in splits else last
-    seen = splits[watched][: config.eval_questions]
+    seen = splits[watched][: config.eval_questions or None]
 
     def looked(scores):  # of the questions that --eval_every looks at
         found = rankc.by_question(scores[watched][: len(seen)], [q.gold for q in seen], langs)
@@ -1289,15 +1291,14 @@ def main() -> None:
         print0(f"\n{last}: {rankc.verdict(metrics[last], langs, reached)}")
     if rank == 0:
         metrics["seconds"] = seconds
-        tables_reached = tables.pop(reached)  # it can be computed again
+        optimum = tables.pop(reached)  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
         drawn = rankc.draw_clc(out / "clc.png", last, metrics[last], langs)
         if config.eval_every:
             lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
             points = [{"step": 0, **looked(base)}, *(x for x in lines if "eval/clc" in x)]
-            title = f"{watched}, {len(seen)} questions"
-            points += [looked(tables_reached)]
-            rankc.draw_curve(out / "curve.png", points, title)
+            points += [looked(optimum)]
+            rankc.draw_curve(out / "curve.png", points, f"{watched}, {len(seen)} questions")
         if not drawn:
             print0("pictures are left out; to draw them: pip install -e '.[plot]'")
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))  # last: it is finished
