@@ -470,7 +470,7 @@ def trace(size: str, world: int, config: train.Config, batch: dco.Pack) -> tuple
             live.most = 0
             peaks = [live.now()]
             with train.autocast(config, torch.device(device)):
-                logps = dco.completion_logps(model, batch)
+                logps = dco.completion_logps(model, batch, packed=True)
             peaks.append(live.most)
             live.most = 0
             targets = torch.zeros(2, *logps.shape)

@@ -198,6 +198,7 @@ ELSEWHERE = {  # where it is run, or why not here
     "python -m pytest -m cuda": "what it collects is skipped without a GPU",
     "python train.py --device cuda": "test_the_embedded_facts_become_consistent_on_a_gpu",
     "python tests/reading.py": "test_the_counts_in_the_readme_are_those_of_reading_py",
+    "python tests/seeds.py": "takes six minutes",
     "python tests/bench.py --scale": "takes minutes; its flag is known to exist",
     "python tests/kill_loop.py": "takes an hour; its flags are known to exist",
 }

@@ -32,7 +32,7 @@ def test_the_benchmark_counts_the_arithmetic_that_torch_counts(tree):
         lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        dco.completion_logps(model, [tree])
+        dco.completion_logps(model, [tree], packed=True)
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     attention = 4 * shape.d * shape.layers * int((masks[0] == 0).sum())
     assert bench.flops(shape, [tree]) == products + attention

@@ -345,7 +345,7 @@ def test_other_settings_are_refused_with_what_differs(stopped):
     out, arguments = stopped
     more = ("--lr", "2e-3", "--candidates", "3", "--save_every", "7", "--max_tokens", "99")
     text = launch("train.py", *arguments, *more, fails=True)
-    assert "begun with other settings: lr 0.001, now 0.002; candidates 2, now 3. Give" in text
+    assert "begun with other settings: candidates 2, now 3; lr 0.001, now 0.002. Give" in text
     text = launch("train.py", *arguments[:-1], fails=True)
     assert "not empty" in text and "--resume continues it" in text
 
