@@ -233,13 +233,14 @@ def report(
                 cells = [_with_error(both[name][key]) for name in tables]
                 cells += [_with_error(both["change"][key], "+.1f")] if trained else []
                 rows.append([label, percent(levels[key not in ("clc", f"clc_{first}")]), *cells])
-        shares = [("same top answer", levels[1], [each["top1_agreement"] for each in every])]
+        same = [each["top1_agreement"] for each in every]
+        shares = [("same top answer", levels[1], same, ".1f")]
         for lang in langs:
             mass = [each.get("probability", {}).get(lang) for each in every]
-            shares.append((f"probability of all answers {lang}", None, mass))
-        for label, level, values in shares:
-            change = [percent(values[-1] - values[0], "+.3g")] if trained else []
-            rows.append([label, percent(level), *(percent(x, ".3g") for x in values), *change])
+            shares.append((f"probability of all answers {lang}", None, mass, ".3g"))
+        for label, level, values, form in shares:
+            change = [percent(values[-1] - values[0], f"+{form}")] if trained else []
+            rows.append([label, percent(level), *(percent(x, form) for x in values), *change])
         for kind in ("right", "wrong"):
             nats = [(each["entropy"][kind], each["entropy_std"][kind]) for each in every]
             nats = ["" if None in pair else "{:.2f}, {:.2f}".format(*pair) for pair in nats]

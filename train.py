@@ -1288,7 +1288,7 @@ def main() -> None:
         print0(rankc.report(splits, tables, langs, metrics, by_subject, sums))
         if told := changes(splits[last], base[last], tables["trained"][last], langs):
             print0(f"\nquestions of {last} whose answers changed, the first few:\n{told}")
-        print0(f"\n{last}: {rankc.verdict(metrics[last], langs, reached)}")
+        print0(f"\nverdict, {last}: {rankc.verdict(metrics[last], langs, reached)}")
     if rank == 0:
         metrics["seconds"] = seconds
         optimum = tables.pop(reached)  # it can be computed again
