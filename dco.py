@@ -166,7 +166,9 @@ def completion_logps(
         flat = [tree for row in trees for tree in row]
         return completion_logps(model, flat, packed).view(len(trees), len(trees[0]), -1)
     if packed is None:
-        packed = isinstance(trees, Pack) or packs_exactly(model, trees[:2])
+        kind = next(model.parameters()).device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        packed = isinstance(trees, Pack) or packs_exactly(model, trees[:2], dtype=dtype)
         if not packed:
             warnings.warn("this model does not take packed questions; it is slower", stacklevel=2)
     config = model.config.get_text_config()

@@ -290,7 +290,7 @@ def test_what_encode_returns_is_scored_as_a_table_of_questions_and_languages(wor
 
 def test_a_model_that_does_not_take_packed_questions_is_scored_apart_with_a_warning(monkeypatch):
     model, trees = tiny("llama", "sdpa"), some_trees(1)
-    monkeypatch.setattr(dco, "packs_exactly", lambda *_: False)
+    monkeypatch.setattr(dco, "packs_exactly", lambda *_, **__: False)
     with pytest.warns(UserWarning, match="does not take packed"):
         scores = dco.completion_logps(model, trees)
     torch.testing.assert_close(scores, dco.completion_logps(model, trees, packed=False))
