@@ -144,7 +144,11 @@ def test_no_bfloat16_copy_of_the_weights_outlives_its_layer(process_group, shard
         config = program.Config(model="m", device="cpu", shard=sharded)
     program.distribute(model, config, torch.device("cpu"))
     with copies, mixed:
-        loss = dco.completion_logps(model, test_scoring.some_trees(1)).clamp(min=-99).sum()
+        loss = (
+            dco.completion_logps(model, test_scoring.some_trees(1), packed=True)
+            .clamp(min=-99)
+            .sum()
+        )
         if cached:
             assert copies.count() >= 0.9 * total
         else:
