@@ -43,7 +43,8 @@ def align_reward(ref_logps: Tensor, gamma: Tensor) -> Tensor:
 def optimal_policy(ref_logps: Tensor, gamma: Tensor, beta: float) -> Tensor:
     """log pi*, Eqs. 8 to 10 and 16: the product of experts, normalised over the candidates.
 
-    ref_logps: (..., L, K) nats, gamma: (L, L) -> (..., L, K) nats. Errors as align_reward.
+    ref_logps: (..., L, K) nats, gamma: (L, L) -> (..., L, K) nats. Errors as align_reward,
+    and ValueError for a beta that is not positive and finite.
     """
     if not 0 < beta < torch.inf:
         raise ValueError(f"beta must be positive and finite, not {beta}")
@@ -166,7 +167,7 @@ def completion_logps(
         flat = [tree for row in trees for tree in row]
         return completion_logps(model, flat, packed).view(len(trees), len(trees[0]), -1)
     if packed is None:
-        kind = next(model.parameters()).device.type
+        kind = next(model.parameters()).device.type  # under autocast, rounding is coarser
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         packed = isinstance(trees, Pack) or packs_exactly(model, trees[:2], dtype=dtype)
         if not packed:

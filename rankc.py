@@ -109,8 +109,8 @@ def by_question(
     """Each measure of each question: (Q, L, K) -> {"clc" or "accuracy <lang>": (Q,) float64}.
 
     "clc" is the mean over pairs of languages, "clc_<first>" over those with `first`, by default the
-    reference language.
-    Accuracy is NaN where the right answer is not known. Raises ValueError as rankc does.
+    reference language. Accuracy is NaN where the right answer is not known. Raises ValueError as
+    rankc does.
     """
     consist, first = _consist(scores), first or reference_language(langs)
     pairs = {pair: consist(*pair) for pair in combinations(range(len(langs)), 2)}
@@ -244,7 +244,7 @@ def report(
         for kind in ("right", "wrong"):
             nats = [(each["entropy"][kind], each["entropy_std"][kind]) for each in every]
             nats = ["" if None in pair else "{:.2f}, {:.2f}".format(*pair) for pair in nats]
-            rows.append([f"entropy where {kind}: mean, std in nats", "", *nats, *[""] * trained])
+            rows.append([f"entropy if {kind}: nats, std", "", *nats, *[""] * trained])
         texts += ["", format_table(rows)]
         if shared := shared_prompts(splits, split, first):
             told = "share their prompt with a training question"

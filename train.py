@@ -59,7 +59,6 @@ RATES += "dpo and calm 5e-6"
 # What --eval_only takes from the run that left --model, unless the command line says otherwise.
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
 OF_THE_RUN += "validation_questions train_subjects test_subjects"
-TRUST = "a trusted one moves less"
 SCALED = 20  # a tiny model takes a larger rate
 UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
@@ -104,7 +103,7 @@ class Method:
     method: Literal["dco", "sft", "dpo", "calm"] = opt("dco", "what is trained (section 6.1)")
     objective: Literal["joint", "pairwise"] = opt("joint", "Eq. 15, or random pairs of languages")
     beta: float | None = opt(None, "strength of the KL term, Eq. 1 (default: 1; dpo and calm: 0.1)")
-    trust: list[str] | None = opt(None, f"LANG=WEIGHT where it is not 1; {TRUST}")
+    trust: list[str] | None = opt(None, "LANG=WEIGHT where it is not 1; a trusted one moves less")
     gamma: list[str] | None = opt(None, "instead: gamma_1 gamma_2 of Eq. 6, or a JSON matrix")
     pairs_per_question: int | None = opt(None, "draws from each question (App. H: 1; X-CSQA: 7)")
     candidates: int | None = opt(None, "in a draw, or all there are (default: 2; embedded: 6)")
@@ -709,11 +708,8 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
         raise
     except UNREADABLE as error:
         where = "" if Path(name).is_dir() else " (there is no such folder)"
-        where = (
-            " (no such folder, and the hub is not reached)"
-            if "local_files_only" in remote
-            else where
-        )
+        if "local_files_only" in remote:
+            where = " (no such folder, and the hub is not reached)"
         form = "wanted is a folder or hub name with config.json, tokenizer and .safetensors"
         form += " (.bin may run code, and GGUF is not read)"
         wrong = f"--model {name}{where}: no causal language model can be loaded from it"
@@ -1235,13 +1231,14 @@ def main() -> None:
     reached = "joint " * (config.objective == "pairwise" and len(langs) > 2) + "optimum"
     sums = {"base": ref_logps, reached: {s: reach(t.double()) for s, t in ref_logps.items()}}
     tables = {**sums, "base": base}
-    for warning in doubts(splits, trees, base, config):
+    for warning in doubts(splits, trees, base, config) if rank == 0 else ():
         print0(f"warning: {warning}")
     sizes = [question.K for questions in splits.values() for question in questions]
     metrics = {"languages": langs, "chance": rankc.chance_levels(sizes)[0]}
     by_subject = bool(config.train_subjects or config.test_subjects)
-    if config.method == "dco" and (told := forecast(splits, base, ref_logps, config)):
-        print0(f"\n{told}")
+    if rank == 0 and config.method == "dco":
+        if told := forecast(splits, base, ref_logps, config):
+            print0(f"\n{told}")
     print0(rankc.report(splits, tables, langs, metrics, by_subject, sums) + "\n")
     last = list(splits)[-1]
     watched = "validation" if "validation" in splits else last

@@ -42,7 +42,8 @@ def test_a_run_leaves_all_its_outputs(world, alone):
     )  # policy = reference at step 0, whatever is packed with what
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["languages"] == ["en", "es", "fr"] and metrics["train"]["questions"] == 7
-    assert set(metrics["test"]) >= {"questions", "base", "optimum", "trained", "with_error"}
+    measured = {"questions", "base", "optimum", "trained", "with_error", "answers"}
+    assert set(metrics["test"]) == measured
     assert metrics["test"]["optimum"]["clc"] == pytest.approx(1)
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 11 and len(answers[0]["base"]["en"]) in (3, 4)
@@ -587,7 +588,8 @@ def test_the_default_run_makes_the_embedded_model_consistent(tmp_path):
     metrics = json.loads((tmp_path / "runs" / "1" / "metrics.json").read_text())
     for split in ("train", "test"):
         change, error = metrics[split]["with_error"]["change"]["clc"]
-        assert change > (3 if split == "train" else 2) * error
+        assert change > 0.01 and change > (3 if split == "train" else 2) * error
+    assert metrics["train"]["with_error"]["change"]["accuracy en"][0] >= -0.01
     righter, wronger, _ = map(sum, zip(*metrics["train"]["answers"].values()))
     assert righter > wronger
     assert "wrote" in text and (tmp_path / "runs" / "1" / "model.safetensors").exists()
