@@ -246,9 +246,6 @@ def report(
             nats = ["" if None in pair else "{:.2f}, {:.2f}".format(*pair) for pair in nats]
             rows.append([f"entropy if {kind}: nats, std", "", *nats, *[""] * trained])
         texts += ["", format_table(rows)]
-        if shared := shared_prompts(splits, split, first):
-            told = "share their prompt with a training question"
-            texts.append(f"\n{shared} of these {len(questions)} questions {told}")
         if trained and any(question.gold is not None for question in questions):
             kinds = ["wrong to right", "right to wrong", "wrong to wrong"]
             rows = [[f"answers changed, of {len(questions)}", *kinds]]
@@ -256,26 +253,33 @@ def report(
             texts += ["", format_table(rows)]
         if len(langs) > 2:
             texts += ["", format_table(_pairs(found, langs))]
+        parts, new = {}, new_prompts(splits, split, first)
+        if len(new) < len(questions):
+            shared = sorted({*range(len(questions))} - {*new})
+            parts["prompts"] = {"new": new, "of a training question": shared}
         if by_subject:
+            parts["subjects"] = subjects = {}
+            for q, question in enumerate(questions):
+                subjects.setdefault(question.subject, []).append(q)
+        for kind, named in parts.items():
             shown = [key for key in keys if key != f"clc_{first}"]
-            rows = [["subject", "questions", *(keys[key] for key in shown)]]
-            for subject in sorted({question.subject for question in questions}):
-                picked = [q for q, question in enumerate(questions) if question.subject == subject]
-                part = found.setdefault("subjects", {}).setdefault(subject, {})
+            rows = [[kind[:-1], "questions", *(keys[key] for key in shown)]]
+            for name, picked in sorted(named.items()):
+                part = found.setdefault(kind, {}).setdefault(name, {})
                 both = measured(part, split, picked)["with_error"]
                 cells = [[_with_error(both["base"][key]) for key in shown]]
                 if trained:
                     cells += [[_with_error(both["change"][key], "+.1f") for key in shown]]
                 cells = [", ".join(filter(None, pair)) for pair in zip(*cells, strict=True)]
-                rows.append([subject, str(len(picked)), *cells])
+                rows.append([name, str(len(picked)), *cells])
             texts += ["", format_table(rows)]
     return "\n".join(texts)
 
 
-def shared_prompts(splits: Splits, split: str, lang: str) -> int:
-    """How many questions of a split that is held out have the prompt of a training question."""
-    trained = {question.prompts[lang] for question in splits.get("train", [])}
-    return sum(question.prompts[lang] in trained for question in splits[split] if split != "train")
+def new_prompts(splits: Splits, split: str, lang: str) -> list[int]:
+    """Which questions of a split are not asked by the prompt of a training question, too."""
+    trained = {question.prompts[lang] for question in splits.get("train", []) if split != "train"}
+    return [q for q, each in enumerate(splits[split]) if each.prompts[lang] not in trained]
 
 
 def turned(before: Tensor, after: Tensor, gold: Sequence[int | None]) -> list[int]:
@@ -349,6 +353,8 @@ class Run(NamedTuple):
     ids: list[str]
     subjects: list[str]
     gold: list[int | None]
+    new: list[bool]  # whether its prompt is no training question's
+    pi_star: dict[str, float]  # accuracy at pi*, mean over languages; by subject, "": of all
     base: Tensor  # (Q, L, K) nats
     trained: Tensor  # (Q, L, K) nats
 
@@ -374,6 +380,8 @@ def read_run(folder: Path, later: frozenset[Path] = frozenset()) -> Run:
         lines = json.loads("[" + path.read_text("utf-8").strip().replace("\n", ",\n") + "]")
         split = [name for name in ("train", "validation", "test") if name in metrics][-1]
         langs = settings["langs"]
+        lang = reference_language(langs)
+        trained = {line["prompts"][lang] for line in lines if "train" == line["split"] != split}
         lines = [line for line in lines if line["split"] == split]
         if len(lines) != (wanted := metrics[split]["questions"]):
             raise ValueError(f"it has {len(lines)} of {wanted} questions")
@@ -384,8 +392,12 @@ def read_run(folder: Path, later: frozenset[Path] = frozenset()) -> Run:
             tables.append(torch.nn.utils.rnn.pad_sequence(nats, **pad).transpose(1, 2))
         settings["model"] = settings["model"] or f"embedded model, seed {settings['seed']}"
         settings |= {"split": split, "data": settings["data"], "score": settings["score"]}
-        columns = ([line[name] for line in lines] for name in ("id", "subject", "gold"))
-        run = Run(folder.name, settings, langs, *columns, *tables)
+        columns = [[line[name] for line in lines] for name in ("id", "subject", "gold")]
+        new = [line["prompts"][lang] not in trained for line in lines]
+        parts = {"": metrics[split], **metrics[split].get("subjects", {})}
+        pi_star = {name: _accuracy_at_pi_star(part) for name, part in parts.items()}
+        pi_star = pi_star if settings.get("method") == "dco" else {}
+        run = Run(folder.name, settings, langs, *columns, new, pi_star, *tables)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not of a whole run of train.py: {error!r}") from error
     model, later = settings["model"], later | {folder.resolve()}
@@ -396,8 +408,15 @@ def read_run(folder: Path, later: frozenset[Path] = frozenset()) -> Run:
             if same[0] == same[1] and torch.allclose(earlier.trained, run.base, atol=0.5):  # nats
                 after = [earlier.settings.get(x) for x in "method lr epochs beta seed".split()]
                 settings |= {"model": earlier.settings["model"], "after": after}
-                return run._replace(base=earlier.base)
+                return run._replace(base=earlier.base, pi_star={})
     return run
+
+
+def _accuracy_at_pi_star(found: dict) -> float | None:
+    """The optimum's accuracy in the measures of a split or subject, mean over the languages."""
+    kinds = [each["accuracy"] for name, each in found.items() if name.endswith("optimum")]
+    shares = [share for each in kinds for share in each.values() if share is not None]
+    return sum(shares) / len(shares) if shares else None
 
 
 def mean_and_error(parts: Sequence[tuple[Sequence[str], Tensor]]) -> tuple[float, float] | None:
@@ -424,20 +443,34 @@ def _cell(parts: Sequence[tuple[Sequence[str], Tensor]], form: str = ".1f") -> s
     return _with_error(mean_and_error(parts), form)
 
 
-def _by_question(run: Run, first: str, subject: str | None = None) -> tuple:
-    """Ids of the questions (of a subject), their columns before training, (4, Q), and the change.
+NEW = ", new prompts"
+
+
+def _picked(run: Run, picked: Sequence[bool]) -> Run:
+    """A run with those of its questions alone that are picked."""
+    at = [q for q, each in enumerate(picked) if each]
+    columns = {x: [getattr(run, x)[q] for q in at] for x in ("ids", "subjects", "gold", "new")}
+    return run._replace(base=run.base[at], trained=run.trained[at], **columns)
+
+
+def _new(run: Run) -> Run:
+    """A run with those questions alone whose prompt is no training question's."""
+    return _picked(run, run.new)._replace(pi_star={})
+
+
+def _by_question(run: Run, first: str) -> tuple:
+    """Ids of the questions, their columns before training, (4, Q), and the change.
 
     The columns are CLC, CLC with language `first`, and accuracy in it and in the others, which is
     NaN where the right answer is not known.
     """
-    at = [q for q, own in enumerate(run.subjects) if subject in (None, own)]
-    gold, tables = [run.gold[q] for q in at], []
-    for scores in (run.base[at], run.trained[at]):
-        found = by_question(scores, gold, run.langs, first)
+    tables = []
+    for scores in (run.base, run.trained):
+        found = by_question(scores, run.gold, run.langs, first)
         others = [f"accuracy {lang}" for lang in run.langs if lang != first]
         columns = [found["clc"], found[f"clc_{first}"], found[f"accuracy {first}"]]
         tables.append(torch.stack([*columns, torch.stack([found[x] for x in others]).mean(0)]))
-    return [run.ids[q] for q in at], tables[0], tables[1] - tables[0]
+    return run.ids, tables[0], tables[1] - tables[0]
 
 
 def _settings(run: Run, but_for: str = FREE) -> dict:
@@ -520,14 +553,21 @@ def _levels(run: Run) -> list[str]:
 def _beside(runs: list[Run], first: str) -> str:
     """Runs on the same questions, a row each, as differences to their base (Table 1)."""
     base, name, notes, (clc, top) = runs[0], first.upper(), [], _levels(runs[0])
-    ids, old, _ = _by_question(base, first)
-    rows = [["", "CLC", f"CLC-{name}", f"A_{name}", f"A_not{name}"]]
-    rows += [["chance", clc, clc, top, top], ["base", *(_cell([(ids, x)]) for x in old)]]
+    rows = [["", "CLC", f"CLC-{name}", f"A_{name}", f"A_not{name}", "A at pi*"]]
+    rows += [["chance", clc, clc, top, top, ""]]
     for run in runs:
         if not torch.allclose(run.base, base.base, atol=0.05):  # nats
             notes.append(f"note: the base of {run.name} scores otherwise than that of {base.name}")
-        rows.append([run.name, *(_cell([(ids, x)], "+.1f") for x in _by_question(run, first)[2])])
-    return _titled(base, f"{' '.join(base.langs)}, {len(ids)} questions", rows, notes)
+    for more, group in {"": runs, NEW: [*map(_new, runs)]}.items():
+        ids, old, _ = _by_question(group[0], first)
+        if more and len(ids) == len(base.ids):
+            break
+        rows.append([f"base{more}", *(_cell([(ids, x)]) for x in old), ""])
+        for run in group:
+            ids, _, change = _by_question(run, first)
+            cells = [_cell([(ids, x)], "+.1f") for x in change]
+            rows.append([f"{run.name}{more}", *cells, percent(run.pi_star.get(""))])
+    return _titled(base, f"{' '.join(base.langs)}, {len(base.ids)} questions", rows, notes)
 
 
 def _joined(runs: list[Run], first: str) -> str:
@@ -535,24 +575,31 @@ def _joined(runs: list[Run], first: str) -> str:
 
     Where subjects to test were named, so for each subject (Tables 3, 11 and 12).
     """
-    name, notes, subjects, (clc, top) = first.upper(), [], [None], _levels(runs[0])
+    name, notes, subjects, (clc, top) = first.upper(), [], [""], _levels(runs[0])
     rows = [["", *(f"{x}{y}" for x in (f"CLC-{name}", f"A_{name}", "A") for y in ("", " change"))]]
-    rows += [["chance", clc, "", top, "", top, ""]]
+    rows[0].append("A at pi*")
+    rows += [["chance", clc, "", top, "", top, "", ""]]
     if any(run.settings.get("test_subjects") for run in runs):
         subjects = sorted({subject for run in runs for subject in run.subjects})
     for subject in subjects:
-        parts = {}
-        for run in [run for run in runs if subject in (None, *run.subjects)]:
+        own = {}
+        for run in [run for run in runs if subject in ("", *run.subjects)]:
             (lang,) = set(run.langs) - {first}
             note = f"note: {lang} is that of another run, {run.name} is left out"
-            notes += [note] * (lang in parts and note not in notes)
-            parts.setdefault(lang, [_by_question(run, first, subject)])
-        parts["mean"] = [part for found in parts.values() for part in found]
-        for label, found in parts.items():
-            rows.append([f"{subject or ''} {label}".strip()])
+            notes += [note] * (lang in own and note not in notes)
+            picked = [subject in ("", each) for each in run.subjects]
+            own.setdefault(lang, _picked(run, picked))
+        groups = {**{lang: [run] for lang, run in own.items()}, "mean": [*own.values()]}
+        if not all(all(run.new) for run in own.values()):
+            groups[f"mean{NEW}"] = [*map(_new, own.values())]
+        for label, group in groups.items():
+            found = [_by_question(run, first) for run in group]
+            rows.append([f"{subject} {label}".strip()])
             for column in (1, 2, 3):
                 rows[-1].append(_cell([(ids, old[column]) for ids, old, _ in found]))
                 rows[-1].append(_cell([(ids, new[column]) for ids, _, new in found], "+.1f"))
+            shares = [run.pi_star.get(subject) for run in group]
+            rows[-1].append("" if None in shares else percent(sum(shares) / len(shares)))
     return _titled(runs[0], f"{first} and each language", rows, notes)
 
 

@@ -72,7 +72,6 @@ AT_LEAST = dict.fromkeys("max_tokens epochs batch_questions pairs_per_question".
 AT_LEAST |= dict.fromkeys(
     "save_every eval_every eval_questions grad_clip warmup validation_questions".split(), 0
 )
-AT_LEAST |= {"candidates": 2}
 
 
 def opt(default: Any, text: str) -> Any:
@@ -106,7 +105,7 @@ class Method:
     trust: list[str] | None = opt(None, "LANG=WEIGHT where it is not 1; a trusted one moves less")
     gamma: list[str] | None = opt(None, "instead: gamma_1 gamma_2 of Eq. 6, or a JSON matrix")
     pairs_per_question: int | None = opt(None, "draws from each question (App. H: 1; X-CSQA: 7)")
-    candidates: int | None = opt(None, "in a draw, or all there are (default: 2; embedded: 6)")
+    candidates: str | None = opt(None, "in a draw: a number, or all (default: 2; embedded: 6)")
     pairs: Literal["random", "gold"] = opt("random", "dco's draws; gold: as dpo's (section 6.1)")
     score: Literal["sum", "mean"] | None = opt(None, "rank by answers' log-probs, or their mean")
     seed: int = opt(0, "seed of the draws, their order and the embedded model")
@@ -176,6 +175,10 @@ class Config(Output, Machine, Optimizer, Method, What):
         for name, least in AT_LEAST.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        if self.candidates != "all":
+            if not str(self.candidates).isdecimal() or int(self.candidates) < 2:
+                raise InputError(f"--candidates {self.candidates}: must be at least 2, or all")
+            object.__setattr__(self, "candidates", int(self.candidates))
         if self.warmup > 1:
             raise InputError(f"--warmup {self.warmup}: a share of the steps lies in [0, 1]")
         for name in ("beta", "lr", "timeout"):
@@ -297,7 +300,8 @@ def select_candidates(question: Question, ref_logps: Tensor, number: int, config
         winner, own = dco.majority_vote(ref_logps)[0].expand(L), ref_logps.argmax(-1)
         return torch.stack([winner, own], -1), (own != winner).nonzero()[:, 0].tolist()
     if config.method == "dco" and config.pairs == "random":
-        chosen = data.sample(question, config.candidates, number, config.seed)
+        size = K if config.candidates == "all" else config.candidates
+        chosen = data.sample(question, size, number, config.seed)
     else:
         chosen = [question.gold]
         if config.method != "sft":
@@ -323,7 +327,7 @@ def make_batches(
             for q, number in order[first : first + size]:
                 table = ref_logps[q, :, : questions[q].K]  # (L, K) of all its candidates
                 chosen, trained = select_candidates(questions[q], table, number, config)
-                ref = torch.full((L, config.candidates), -torch.inf)
+                ref = torch.full((L, ref_logps.shape[-1]), -torch.inf)
                 ref[:, : chosen.shape[1]] = table.gather(-1, chosen)
                 learns = torch.zeros(L).index_fill(0, torch.tensor(trained), 1.0)
                 experts = gamma * learns * learns[:, None]  # of the languages that are trained
@@ -366,6 +370,9 @@ def train(
     model.train()  # for checkpointing; load_model has put dropout at zero
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if words.weight is head.weight and not config.shard:
+        words.sparse = True  # else a second gradient of the whole vocabulary, mostly zeros
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
     kind = "constant_with_warmup" if config.schedule == "constant" else config.schedule
@@ -378,28 +385,26 @@ def train(
         for step, items in enumerate(steps, done + 1):
             ref = torch.stack([item.ref_logps for item in items])  # (B, L, K)
             r_align = torch.stack([item.r_align for item in items])  # (B, L, K)
-            (b, i), batches_here = local_microbatches(model, items, config, packed)
-            targets = dco.send(torch.stack([ref, r_align])[:, b, i], device)  # (2, rows, K)
-            results = torch.zeros(len(b), 1 + ref.shape[-1], device=device)  # loss and logps
-            for rows, batch, weight in batches_here:
+            targets = dco.send(torch.stack([ref, r_align]), device)  # (2, B, L, K)
+            results = torch.zeros(*ref.shape[:2], 1 + ref.shape[2], device=device)  # loss, logps
+            for (b, i), batch, weight in local_microbatches(model, items, config, packed):
                 with mixed:
-                    got = dco.completion_logps(model, batch, packed)  # (T, K)
-                K = got.shape[-1]
-                loss = language_loss(got, *targets[:, rows, :K], config)  # (T,)
+                    got = dco.completion_logps(model, batch, packed)  # (T, up to K)
+                loss = language_loss(got, *targets[:, b, i, : got.shape[1]], config)  # (T,)
                 (weight * loss.sum()).backward()
                 if weight:
-                    results[rows, 0], results[rows, 1 : K + 1] = loss.detach(), got.detach()
+                    found = torch.cat([loss[:, None], got], 1).detach()
+                    results[b, i, : found.shape[1]] = found
             sum_gradients(weights, config)
             norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or torch.inf)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            reduced = torch.cat([results.flatten(), dco.send(torch.tensor(flags), device)])
+            reduced = torch.cat([dco.send(torch.tensor(flags), device), results.flatten()])
             if world > 1:
-                dist.all_reduce(reduced)  # each entry is zero but on one process
-            reduced = torch.cat([reduced, norm.view(1).to(device)]).cpu()  # the one wait for a GPU
-            *_, terminated, interrupted, norm = reduced
-            losses, logps = torch.zeros(ref.shape[:2]), torch.zeros(ref.shape)  # (B, L), (B, L, K)
-            values = reduced[:-3].view(results.shape)
-            losses[b, i], logps[b, i] = values[:, 0], values[:, 1:]
+                dist.all_reduce(reduced)  # a row is zero but on the process that fed it
+            reduced = torch.cat([norm.view(1).to(device), reduced]).cpu()  # the one wait for a GPU
+            norm, terminated, interrupted = reduced[:3]
+            results = reduced[3:].view(results.shape)
+            losses, logps = results[..., 0], results[..., 1:]  # (B, L), (B, L, K)
             if not (losses.isfinite().all() and norm.isfinite()):
                 raise diverged(step, items, losses)
             lr = scheduler.get_last_lr()[0]
@@ -427,27 +432,20 @@ def train(
     return tokens
 
 
-def local_microbatches(model: nn.Module, items: list, config: Config, packed: bool) -> tuple:
-    """Item b and language i of every row of the step; and of each micro-batch of this process
-    which of these rows it holds, the rows packed, and their weight."""
+def local_microbatches(model: nn.Module, items: list, config: Config, packed: bool) -> Iterator:
+    """Micro-batches of this process: items b and languages i of the rows, them packed, a weight."""
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = [assign_microbatches(items, config, packed, each, world) for each in range(world)]
-    order = [row for each in groups for group in each for row in group]
     # FSDP gathers a layer's weights on all processes at once: all feed as often, some a row of
     # weight zero; and it takes the mean over processes, where the loss is a sum.
     idle = max(map(len, groups)) - len(groups[rank]) if config.shard else 0
     width = model.config.get_text_config().hidden_size
-
-    def pack_each(first):  # each when its turn comes, while a GPU is at work on the one before
-        for rows in groups[rank] + [[]] * idle:
-            weight = (world if config.shard else 1) / len(items) if rows else 0.0
-            trees = [items[b].trees[i] for b, i in rows or order[:1]]
-            batch = dco.pack(trees, width, packed, torch.device(config.device))
-            yield slice(first, first + len(trees)) if rows else slice(1), batch, weight
-            first += len(rows)
-
-    before = sum(len(group) for each in groups[:rank] for group in each)
-    return torch.tensor(order).T, pack_each(before)
+    device = torch.device(config.device)
+    for rows in groups[rank] + [[]] * idle:  # packed while a GPU is at work on the one before
+        weight = (world if config.shard else 1) / len(items) if rows else 0.0
+        rows = rows or [(0, items[0].trained[0])]
+        batch = dco.pack([items[b].trees[i] for b, i in rows], width, packed, device)
+        yield dco.send(torch.tensor(rows).T, device), batch, weight
 
 
 def assign_microbatches(items: list, config: Config, packed: bool, rank: int, world: int) -> list:
@@ -770,26 +768,6 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
-@contextmanager
-def gathered(model: nn.Module, config: Config) -> Iterator[None]:
-    """While it lasts, a sharded model stays whole between batches, where half its room is left."""
-    parts = [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
-    size = sum(w.numel() for w in model.parameters()) * (2 if config.dtype == "bfloat16" else 4)
-    if config.device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = "SC_AVPHYS_PAGES" in os.sysconf_names and os.sysconf("SC_AVPHYS_PAGES")  # not macOS
-        free = free * os.sysconf("SC_PAGE_SIZE") // dist.get_world_size()
-    fits = torch.tensor(float(free > 2 * size), device=config.device)
-    dist.all_reduce(fits, dist.ReduceOp.MIN)  # all gather alike, or they would wait forever
-    for part in parts:
-        part.set_reshard_after_forward(not fits)
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(True)
-        part.reshard()
-
-
 @torch.no_grad()
 def score(
     model: nn.Module, trees: Rows, config: Config, packed: bool, desc: str = "", ids: Any = ()
@@ -806,7 +784,7 @@ def score(
     missing = torch.arange(int(sizes.max())) >= sizes[:, None]  # (trees, K)
     table = torch.zeros(missing.shape, device=device)
     rounds = range(rank, -(-len(groups) // world) * world, world)  # FSDP: as many for every process
-    with gathered(model, config), autocast(config, device):
+    with autocast(config, device):
         for n in progress(rounds, desc, len(rounds)):
             group = groups[min(n, len(groups) - 1)]
             logps = dco.completion_logps(model, [flat[t] for t in group], packed)
@@ -1079,7 +1057,8 @@ def describe(
         names = "batch_questions epochs beta trust gamma objective candidates pairs lr schedule"
         used = {name: getattr(config, name) for name in names.split() if name not in unused}
         used = [f"{x} {y:g}" if isinstance(y, float) else f"{x} {y}" for x, y in used.items() if y]
-        if fewer := sum(question.K < config.candidates for question in splits["train"]):
+        sizes = [question.K for question in splits["train"]]
+        if config.candidates != "all" and (fewer := sum(K < config.candidates for K in sizes)):
             used += [f"{fewer} questions have fewer candidates"]
         bound = "at most " * (config.method == "calm")  # the votes are not counted yet
         lines += [f"{config.method}, {bound}{total} steps: {', '.join(used)}"]
@@ -1110,7 +1089,7 @@ def doubts(splits: rankc.Splits, trees: dict, base: dict, config: Config) -> Ite
                 yield f"{below}: do their answers stand in the same order?"
     lang = rankc.reference_language(langs)
     for split, part in splits.items():
-        if shared := rankc.shared_prompts(splits, split, lang):
+        if shared := len(part) - len(rankc.new_prompts(splits, split, lang)):
             of = f"{shared} of {len(part)} questions of {split}"
             yield f"{of} share their prompt in {lang} with a training question"
 

@@ -261,27 +261,6 @@ def test_rank_0_alone_reads_the_model_and_others_hold_their_share(world, tmp_pat
     assert size > 80e6 and first < 1.75 * size and second < 0.85 * size, (first, second, size)
 
 
-def test_a_sharded_model_stays_gathered_while_it_scores_where_there_is_room(
-    process_group, monkeypatch
-):
-    import train as program
-
-    config = program.Config(model="m", device="cpu", shard=True, max_tokens=1)
-    model, trees = tiny_llama(100), [test_scoring.some_trees(1, 2)] * 3
-    whole, kinds, found = program.score(model, trees, config, True), [], {}
-    program.distribute(model, config, torch.device("cpu"))
-    middle = model.model.layers[0].self_attn.q_proj
-    model.register_forward_hook(lambda *_: kinds.append(type(middle.weight).__name__))
-    size = 4 * sum(w.numel() for w in model.parameters())
-    for room in (0, 2 * size, 2 * size + 1):  # as much again is left for what is computed
-        found[room], numbers = kinds, {"SC_AVPHYS_PAGES": room, "SC_PAGE_SIZE": 1}
-        monkeypatch.setattr(os, "sysconf", numbers.get)
-        torch.testing.assert_close(program.score(model, trees, config, True), whole)
-        found[room], kinds[:] = set(kinds), []
-        assert all(type(w).__name__ == "DTensor" for w in model.parameters())
-    assert list(found.values()) == [{"DTensor"}, {"DTensor"}, {"Parameter"}]
-
-
 def test_offload_without_a_gpu_says_what_it_does(world, tmp_path):
     text = train(world, tmp_path / "out", "--offload", "--train_questions", 3)
     assert "--offload: without a GPU it does what --shard does" in text and "offloaded" in text

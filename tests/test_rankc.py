@@ -243,7 +243,11 @@ LANGS = ["en", "es", "sw", *"abcdefgh"]
 def questions(subjects, K=4, gold=0):
     return [
         data.Question(
-            str(i), s, gold, dict.fromkeys(LANGS, "x"), dict.fromkeys(LANGS, tuple("abcdefgh"[:K]))
+            str(i),
+            s,
+            gold,
+            dict.fromkeys(LANGS, f"x{i}"),
+            dict.fromkeys(LANGS, tuple("abcdefgh"[:K])),
         )
         for i, s in enumerate(subjects)
     ]
@@ -408,7 +412,7 @@ def test_a_comparison_has_the_papers_columns_as_differences_to_the_base(tmp_path
     text = rankc.compare(map(str, folders))
     assert "base/model on jsonl:q, the test split, scored by sum" in text
     assert "en es sw, 40 questions" in text
-    assert cells(text, "") == ["CLC", "CLC-EN", "A_EN", "A_notEN"]
+    assert cells(text, "") == ["CLC", "CLC-EN", "A_EN", "A_notEN", "A at pi*"]
     gold = torch.ones(40, dtype=torch.long)
     a, b = torch.triu_indices(3, 3, 1)
     rows = {}
@@ -417,13 +421,44 @@ def test_a_comparison_has_the_papers_columns_as_differences_to_the_base(tmp_path
         matrix = rankc.clc(table)
         rows[name] = [100 * float(x) for x in (matrix[a, b].mean(), matrix[0, 1:].mean(), right[0],
                                                right[1:].mean())]  # fmt: skip
-    assert [cell.split()[0] for cell in cells(text, "base")] == [f"{x:.1f}" for x in rows["base"]]
-    assert [float(x) for x in cells(text, "chance")] == [37.7, 37.7, 25.0, 25.0]
+    assert [cell.split()[0] for cell in cells(text, "base")[:4]] == [
+        f"{x:.1f}" for x in rows["base"]
+    ]
+    assert cells(text, "chance") == ["37.7", "37.7", "25.0", "25.0", ""]
     for name in ("sft", "dco"):
         change = [new - old for new, old in zip(rows[name], rows["base"])]
-        assert [cell.split()[0] for cell in cells(text, name)] == [f"{x:+.1f}" for x in change]
+        assert [cell.split()[0] for cell in cells(text, name)[:4]] == [f"{x:+.1f}" for x in change]
     moved = (second[:, 0].argmax(-1) == 1).double() - (base[:, 0].argmax(-1) == 1).double()
     assert cells(text, "dco")[2].endswith(f"± {100 * float(moved.std()) / 40**0.5:.1f}")
+    assert cells(text, "dco, new prompts")[2] == shown(moved[1:], "+.1f")  # question 0's is not
+
+
+def test_the_accuracy_at_pi_star_stands_beside_each_run_of_dco_on_its_own_base(tmp_path, scored):
+    at = {"optimum": {"accuracy": {"en": 0.5, "es": 0.25, "sw": None}}}
+    for name, more in (("a", {}), ("b", {"method": "sft"}), ("c", {"model": str(tmp_path / "a")})):
+        tables = scored[1:] if name == "c" else scored[:2]
+        folder = finished(tmp_path / name, *tables, **{"method": "dco", **more})
+        found = {"questions": 40, **at}
+        (folder / "metrics.json").write_text(json.dumps({"test": found}))
+    text = rankc.compare([tmp_path / name for name in "abc"])
+    assert [cells(text, name)[4] for name in ("base", "a", "b", "c")] == ["", "37.5", "", ""]
+    assert cells(text, "a, new prompts")[4] == ""
+
+
+def test_a_report_counts_questions_apart_whose_prompt_was_trained_on():
+    g, every = torch.Generator().manual_seed(0), questions("x" * 9)
+    tables = {x: {"train": t[:3], "test": t} for x, t in zip(
+        ("base", "trained"), torch.randn(2, 9, 2, 4, generator=g))}  # fmt: skip
+    langs, metrics = ["en", "es"], {}
+    text = rankc.report({"train": every[:3], "test": every}, tables, langs, metrics)
+    assert "prompts" not in metrics["train"]
+    for name, part in (("new", slice(3, 9)), ("of a training question", slice(3))):
+        old, new = (tables[x]["test"][part] for x in tables)
+        found = metrics["test"]["prompts"][name]
+        assert found["trained"] == rankc.measure(new, old, [0] * len(old), langs)
+        change = columns(new)[:, 0] - columns(old)[:, 0]
+        told = f"{shown(columns(old)[:, 0])}, {shown(change, '+.1f')}"
+        assert cells(text, name)[:2] == [str(len(old)), told]
 
 
 def test_a_table_is_markdown_whose_cells_stand_below_each_other():
@@ -532,8 +567,8 @@ def test_runs_on_other_questions_stand_in_a_table_of_their_own(tmp_path, scored)
 
 def test_without_gold_answers_a_comparison_has_consistency_alone(tmp_path, scored):
     text = rankc.compare([finished(tmp_path / "a", *scored[:2], gold=None)])
-    assert [bool(cell) for cell in cells(text, "base")] == [True, True, False, False]
-    assert [bool(cell) for cell in cells(text, "a")] == [True, True, False, False]
+    assert [bool(cell) for cell in cells(text, "base")] == [True, True, False, False, False]
+    assert [bool(cell) for cell in cells(text, "a")] == [True, True, False, False, False]
 
 
 # ------------------------------------------------------------- runs that are joined in one table
@@ -566,19 +601,25 @@ def test_runs_of_one_language_each_beside_english_are_joined_with_their_mean(tmp
     runs = pairwise(tmp_path / "runs")
     text = rankc.compare(sorted((tmp_path / "runs").iterdir()), plot=tmp_path / "no.png")
     names = [f"{x}{y}" for x in ("CLC-EN", "A_EN", "A") for y in ("", " change")]
-    assert cells(text, "") == names and text.count("CLC-EN change") == 1
+    assert cells(text, "") == [*names, "A at pi*"] and text.count("CLC-EN change") == 1
     every = []
     for lang, (base, trained) in runs.items():
         old, new = columns(base), columns(trained)
         each = [(old[:, c], new[:, c] - old[:, c]) for c in range(3)]
-        assert cells(text, lang) == [
+        assert cells(text, lang)[:6] == [
             shown(values, form) for both in each for values, form in zip(both, (".1f", "+.1f"))
         ]
         every.append(torch.stack([torch.stack(both) for both in each]))
     mean = torch.stack(every).mean(0)  # of each question over the runs, which share them
-    assert cells(text, "mean") == [
+    assert cells(text, "mean")[:6] == [
         shown(values, form) for both in mean for values, form in zip(both, (".1f", "+.1f"))
     ]
+    assert (
+        cells(text, "mean, new prompts")[:6]
+        == [  # question 0 has a training question's
+            shown(values[1:], form) for both in mean for values, form in zip(both, (".1f", "+.1f"))
+        ]
+    )
     assert not (tmp_path / "no.png").exists()
 
 
@@ -615,7 +656,7 @@ def test_runs_that_cannot_be_joined_are_named_with_what_differs(tmp_path):
     swapped = rankc.compare([tmp_path / "r" / "en-es"], "es")
     assert cells(swapped, "")[1:3] == ["CLC-ES", "A_ES"]
     one = rankc.compare([tmp_path / "r" / "en-es"])
-    assert cells(swapped, "base")[2:] == cells(one, "base")[:1:-1]
+    assert cells(swapped, "base")[2:4] == cells(one, "base")[3:1:-1]
 
 
 @given(

@@ -438,7 +438,8 @@ BAD = [
         ["--data", "mmmlu:some-org/some-data"],
         "some-org/some-data: no such folder; one of the hub comes by: hf download",
     ),
-    (["--candidates", "1"], "--candidates 1: must be at least 2"),
+    (["--candidates", "1"], "--candidates 1: must be at least 2, or all"),
+    (["--candidates", "ten"], "--candidates ten: must be at least 2, or all"),
     (["--batch_questions", "0"], "at least 1"),
     (["--save_every", "-1"], "--save_every -1: must be at least 0"),
     (["--timeout", "0"], "--timeout 0.0: must be positive"),
@@ -507,6 +508,44 @@ def test_a_folder_that_holds_something_is_refused_before_any_work(world, alone):
 def test_a_gamma_of_another_rank_warns_and_trains(world):
     text = train(world, world / "rank", "--langs", "en", "es", "--gamma", "0.1", "1")
     assert "rank 2" in text and (world / "rank" / "model.safetensors").exists()
+
+
+def test_all_candidates_are_those_that_each_question_has():
+    import train
+
+    sizes, langs = [2, 4, 3], ["en", "es"]
+    questions = [
+        data.Question(str(K), "", 0, dict.fromkeys(langs, "x"), dict.fromkeys(langs, ("a",) * K))
+        for K in sizes
+    ]
+    trees = [[data.Tree([1], [[k] for k in range(K)])] * 2 for K in sizes]
+    for asked, wanted in (("all", sizes), ("3", [2, 3, 3]), (2, [2, 2, 2])):
+        config = train.Config(model="m", langs=langs, candidates=asked, batch_questions=3)
+        ref = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+        (items,) = train.make_batches(questions, trees, ref, 1 - torch.eye(2), config)
+        found = {item.id: len(tree.branches) for item in items for tree in item.trees}
+        assert [found[str(K)] for K in sizes] == wanted
+        assert [int(item.r_align.isfinite().sum()) for item in items] == [
+            2 * found[item.id] for item in items
+        ]
+
+
+def test_a_tied_embedding_trains_as_if_its_gradient_were_dense(process_group, monkeypatch):
+    import train
+
+    config = train.Config(model="m", device="cpu", lr=1e-2, max_tokens=9, langs=["en", "es"])
+    trees, taught = [[data.Tree([q + 1, 3], [[5, 6], [7]])] * 2 for q in range(4)], []
+    items = [train.Item(t, *torch.randn(2, 2, 2), [0, 1], "") for t in trees]
+    for sparse in (True, False):
+        model = tiny_llama(100, tie_word_embeddings=True)
+        if not sparse:
+            dense = property(lambda _: False, lambda *_: None)
+            monkeypatch.setattr(torch.nn.Embedding, "sparse", dense, raising=False)
+        train.train(model, iter([items] * 2), 2, config, True, lambda _: None)
+        assert model.get_input_embeddings().sparse == sparse
+        taught.append(model.state_dict())
+    for name, weight in taught[0].items():
+        torch.testing.assert_close(weight, taught[1][name])
 
 
 def test_the_embedded_defaults_give_way_to_what_is_asked():
