@@ -855,8 +855,10 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Any, state: dict)
             shutil.rmtree(left, ignore_errors=True)
     dist.barrier()
     try:
-        writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)
-        dcp.save(training_state(model, optimizer), storage_writer=writer)
+        tensors = training_state(model, optimizer)
+        files = {name: n for n, name in enumerate(tensors, 1)}  # each is in memory twice meanwhile
+        writer = dcp.HuggingFaceStorageWriter(part, files, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
         if rank == 0:
             sizes = {file.name: file.stat().st_size for file in part.iterdir()}
             (part / "state.json").write_text(json.dumps({**state, "sizes": sizes}))
