@@ -688,6 +688,18 @@ def test_the_forecast_names_the_language_that_would_lose_and_the_trust_that_mend
         "--trust en=2 would make it 100.0"
     )
     assert forecast(splits, ref, ref, Config(model="x", langs=["en", "fr"], trust=["en=2"])) == ""
+    for wrong, apart in ((2, [3.5] * 2), (3, [3.5] * 3), (4, [3.5, 3.5, 9.0, 9.0])):
+        en, fr = (torch.tensor([[0.0, -x]]).repeat(200, 1) for x in (2.0, 3.0))
+        fr[:wrong] = torch.tensor([[-x, 0.0] for x in apart])
+        ref = {"train": torch.stack([en, fr], 1)}
+        splits = {"train": [data.Question(str(q), "", 0, {}, texts) for q in range(200)]}
+        told = forecast(splits, ref, ref, config)
+        if wrong == 2:  # a point, and no more
+            assert told == ""
+        else:  # the last are mended to within a point: more trust would cost French more
+            less, more = {3: ("98.5", "en=2 would make it 100.0"),
+                          4: ("98.0", "en=2 would make it 99.0")}[wrong]  # fmt: skip
+            assert f"in en ({less}, not 100.0; train)" in told and f"--trust {more}" in told
 
 
 def test_help_has_groups_each_setting_once_and_no_empty_default(monkeypatch, capsys):
