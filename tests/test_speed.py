@@ -59,6 +59,23 @@ def test_rows_of_a_step_are_dealt_so_that_no_process_waits_long(seed, world):
     assert max(tokens) <= 1.5 * sum(tokens) / world
 
 
+def test_a_sharded_process_without_rows_feeds_one_of_weight_zero_as_often_as_others(monkeypatch):
+    """FSDP gathers on all processes at once: had one fed less often, the others would wait."""
+    trees = [data.Tree([1, n], [[2], [3]]) for n in range(3)]
+    items, model = [train.Item(trees, None, None, [0, 1, 2], "")], tiny_llama(20)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    found = {}
+    for shard in (True, False):
+        config = train.Config(model="m", device="cpu", langs=[*"abc"], shard=shard, max_tokens=1)
+        for rank in (0, 1):
+            monkeypatch.setattr(train.dist, "get_rank", lambda rank=rank: rank)
+            each = train.local_microbatches(model, items, config, True)
+            found[shard, rank] = [(*rows.flatten().tolist(), weight) for rows, _, weight in each]
+    assert found[False, 0] == [(0, 0, 1.0)] and found[False, 1] == [(0, 1, 1.0), (0, 2, 1.0)]
+    assert found[True, 0] == [(0, 0, 2.0), (0, 0, 0.0)]  # the mean over two is the sum
+    assert found[True, 1] == [(0, 1, 2.0), (0, 2, 2.0)]
+
+
 def test_memory_that_torch_frees_is_not_fetched_from_the_system_again():
     """80 MB made and dropped again and again fault in anew, but not after init_distributed."""
     code = (
