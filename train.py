@@ -1089,11 +1089,6 @@ def doubts(splits: rankc.Splits, trees: dict, base: dict, config: Config) -> Ite
             if matrix[i, j] < level - 0.03:
                 below = f"CLC of {langs[i]} and {langs[j]} in {split} is below chance"
                 yield f"{below}: do their answers stand in the same order?"
-    lang = rankc.reference_language(langs)
-    for split, part in splits.items():
-        if shared := len(part) - len(rankc.new_prompts(splits, split, lang)):
-            of = f"{shared} of {len(part)} questions of {split}"
-            yield f"{of} share their prompt in {lang} with a training question"
 
 
 def forecast(splits: rankc.Splits, base: dict, ref_logps: dict, config: Config) -> str:
