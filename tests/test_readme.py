@@ -46,9 +46,11 @@ def flags(capsys, monkeypatch):
 
     import bench
     import kill_loop
+    import peers
 
     fields = dataclasses.fields(train.Config)
-    texts = [helped(main, capsys, monkeypatch) for main in (bench.main, kill_loop.main, rankc.main)]
+    mains = bench.main, kill_loop.main, peers.main, rankc.main
+    texts = [helped(main, capsys, monkeypatch) for main in mains]
     texts += [helped(theory.__main__.main, capsys, monkeypatch), get_args_parser().format_help()]
     found = {flag for text in texts for flag in re.findall(r"--([a-z][\w-]*)", text)}
     return {flag.replace("-", "_") for flag in found} | {field.name for field in fields}
