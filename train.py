@@ -433,7 +433,7 @@ def train(
 
 
 def local_microbatches(model: nn.Module, items: list, config: Config, packed: bool) -> Iterator:
-    """Micro-batches of this process: (2, T) items and languages of the rows, their Pack, a weight."""
+    """Micro-batches of this process: items and languages of its rows, (2, T), a Pack, a weight."""
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = [assign_microbatches(items, config, packed, each, world) for each in range(world)]
     # FSDP gathers a layer's weights on all processes at once: all feed as often, some a row of
