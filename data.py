@@ -120,8 +120,7 @@ def encode(
     if len(questions) > some:  # a tokenizer's own lists are ten times what is kept
         parts = (questions[first : first + some] for first in range(0, len(questions), some))
         return [row for part in parts for row in encode(tokenizer, part, langs, context)]
-    bos = tokenizer.bos_token_id
-    bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    bos = [i for i in tokenizer("a")["input_ids"][:1] if i == tokenizer.bos_token_id]
     texts, asked = [], []
     for question, lang in product(questions, langs):
         prompt = question.prompts[lang].rstrip()
