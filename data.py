@@ -212,24 +212,18 @@ def check(question: Question, langs: list[str], where: str) -> None:
 
 def doubts(questions: list[Question], langs: list[str]) -> Iterator[str]:
     """What of questions that are whole would make a number mislead; no reason to stop."""
-    equal = permuted = spaced = 0
+    equal = "offer two equal answers: no ranking tells them apart"
+    permuted = "have the same answers in another order in another language; are they parallel?"
+    spaced = "have a space at the prompt's end and another before an answer"
+    counts = Counter()
     for question in questions:
         answers = [question.answers[lang] for lang in langs]
-        equal += any(len(set(each)) < len(each) for each in answers)
-        permuted += any(a != b and sorted(a) == sorted(b) for a, b in combinations(answers, 2))
-        spaced += any(
-            question.prompts[lang][-1:].isspace() and question.answers[lang][k][0].isspace()
-            for lang in langs
-            for k in range(question.K)
-        )
-    for number, what in (
-        (equal, "offer two equal answers: no ranking tells them apart"),
-        (
-            permuted,
-            "have the same answers in another order in another language; are they parallel?",
-        ),
-        (spaced, "have a space at the prompt's end and another before an answer"),
-    ):
+        pairs = combinations(answers, 2)
+        spaces = [question.answers[x] for x in langs if question.prompts[x][-1:].isspace()]
+        counts[equal] += any(len(set(each)) < len(each) for each in answers)
+        counts[permuted] += any(a != b and sorted(a) == sorted(b) for a, b in pairs)
+        counts[spaced] += any(text[0].isspace() for each in spaces for text in each)
+    for what, number in counts.items():
         if number:
             yield f"{number} of {len(questions)} questions {what}"
     for a, b in combinations(langs, 2):
