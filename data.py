@@ -278,17 +278,15 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 def file_for(place: str, lang: str, files: dict[str, Any], file: str) -> Any:
     """The one of a data set's files that is for a language; `file` is how it would be called."""
-    if lang not in files:
-        if Path(place).is_file():
-            raise InputError(
-                f"{place} is a file; give the folder that it is in: {Path(place).parent}"
-            )
-        if not Path(place).is_dir():
-            fetch = "hf download NAME --repo-type dataset --local-dir DIR"
-            raise InputError(f"{place}: no such folder; one of the hub comes by: {fetch}")
-        there = ", ".join(sorted(files)) or "none"
-        raise InputError(f"{place} has no language {lang!r} ({file}); it has {there}")
-    return files[lang]
+    if lang in files:
+        return files[lang]
+    if Path(place).is_file():
+        raise InputError(f"{place} is a file; give the folder that it is in: {Path(place).parent}")
+    if not Path(place).is_dir():
+        fetch = "hf download NAME --repo-type dataset --local-dir DIR"
+        raise InputError(f"{place}: no such folder; one of the hub comes by: {fetch}")
+    there = ", ".join(sorted(files)) or "none"
+    raise InputError(f"{place} has no language {lang!r} ({file}); it has {there}")
 
 
 def atlas() -> list[dict[str, str]]:
