@@ -334,9 +334,9 @@ def load_bmlama(place: str, langs: list[str], print0: Callable) -> Loaded:
         tables[lang] = list(csv_rows(path, fields, skip=1, delimiter="\t"))
         if (n := len(tables[lang])) != (there := len(tables[first])):
             raise InputError(f"{path}: {n} rows, but {first}.tsv has {there}; line n must be one")
-    mask_first = 0
+    opening = 0
     for line, aligned in enumerate(zip(*tables.values()), 2):
-        prompts, answers, golds = {}, {}, {}
+        prompts, answers, golds = {}, {}, []
         for lang, (where, (sentence, gold, names, _)) in zip(langs, aligned):
             if (times := sentence.count("<mask>")) != 1:
                 raise InputError(f"{where}: {times} times <mask> in {sentence!r}, not once")
@@ -345,20 +345,19 @@ def load_bmlama(place: str, langs: list[str], print0: Callable) -> Loaded:
             prompts[lang], after = sentence.split("<mask>")
             after = after if any(map(str.isalnum, after)) else ""
             answers[lang] = tuple(name + after if name.strip() else "" for name in each)
-            golds[lang] = {k for k, name in enumerate(each) if name == gold}
+            golds.append({k for k, name in enumerate(each) if name == gold})
         if not all(prompt.strip() for prompt in prompts.values()):
-            mask_first += 1
+            opening += 1
             continue
-        same = set.intersection(*golds.values())
+        same = set.intersection(*golds)
         if not same and len({len(a) for a in answers.values()}) == 1:
-            others = [at for at, lang in zip(aligned, langs) if not golds[lang] & golds[first]]
+            others = (at for (at, _), indices in zip(aligned, golds) if not indices & golds[0])
             why = f"the answer is another candidate than in {first}: they are not parallel"
-            raise InputError(f"{(others or aligned[-1:])[0][0]}: {why}")
-        question = Question(str(line), aligned[0][1][3], min(same, default=None), prompts, answers)
-        yield aligned[-1][0], question
-    if mask_first:
-        dropped = f"dropped {mask_first} questions in all languages"
-        print0(f"{place}: {dropped}: <mask> opens the sentence")
+            raise InputError(f"{next(others, where)}: {why}")
+        subject = aligned[0][1][3]  # in the first language
+        yield where, Question(str(line), subject, min(same, default=None), prompts, answers)
+    if opening:
+        print0(f"{place}: dropped {opening} questions in all languages: <mask> opens the sentence")
 
 
 LETTERS = "ABCDEFGHIJ"
