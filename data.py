@@ -381,42 +381,41 @@ def align(place: str, rows: dict[str, list[Row]], print0: Callable, most: float)
     counted; gold is None where a language has no key. Raises InputError where keys differ in more
     than the share `most` of the others: then letters are no parallel answers.
     """
-    tables = {lang: {} for lang in rows}
-    for lang, table in tables.items():
+    joined = {}  # {id: {language: row}}
+    for lang in rows:
         for row in rows[lang]:
-            if (twin := table.setdefault(row.id, row)) is not row:
+            if (twin := joined.setdefault(row.id, {}).setdefault(lang, row)) is not row:
                 raise InputError(f"{row.where}: question {row.id!r} stands at {twin.where} already")
-    first = next(iter(tables.values()))
-    shared = [i for i in first if all(i in table for table in tables.values())]
-    keys = {i: {table[i].key for table in tables.values()} for i in shared}
+    shared = {i: found for i, found in joined.items() if len(found) == len(rows)}
+    keys = {i: {row.key for row in found.values()} for i, found in shared.items()}
     known = [i for i in shared if "" not in keys[i]]
-    conflicting = {i for i in known if len(keys[i]) > 1}
+    conflicting = [i for i in known if len(keys[i]) > 1]
     if len(conflicting) > most * len(known):
-        example = next(i for i in known if i in conflicting)
-        found = {lang: table[example] for lang, table in tables.items()}
+        example, found = conflicting[0], shared[conflicting[0]]
         letters = "; ".join(f"{lang} {row.key} ({row.where})" for lang, row in found.items())
         count = f"the right letter of {len(conflicting)} of {len(known)} questions differs between"
         why = "Options or rows stand in another order; give an aligned copy"
         raise InputError(f"{place}: {count} languages, as of {example!r}: {letters}. {why}")
-    unshared, keyless = len(set().union(*tables.values())) - len(shared), len(shared) - len(known)
+    keyless = len(shared) - len(known)
     for number, what in (
-        (unshared, "dropped {} questions that are not in every language"),
+        (len(joined) - len(shared), "dropped {} questions that are not in every language"),
         (keyless, "{} questions lack an answer key: they count for consistency alone, if parallel"),
         (len(conflicting), "dropped {} questions in all languages: their answer keys differ"),
     ):
         if number:
             print0(f"{place}: {what.format(number)}")
-    for i in (i for i in shared if i not in conflicting):
+    for i in conflicting:
+        del shared[i]
+    for i, found in shared.items():
         prompts, answers = {}, {}
-        for lang, table in tables.items():
-            where, _, subject, question, options, _ = table[i]
-            if not question.strip():
-                raise InputError(f"{where}: the question {i!r} is empty")
-            lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
-            prompts[lang] = "\n".join([question.strip(), *lettered, "Answer:"])
-            answers[lang] = tuple(f" {letter}" for letter in LETTERS[: len(options)])
+        for lang, row in found.items():
+            if not row.question.strip():
+                raise InputError(f"{row.where}: the question {i!r} is empty")
+            lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, row.options)]
+            prompts[lang] = "\n".join([row.question.strip(), *lettered, "Answer:"])
+            answers[lang] = tuple(f" {letter}" for letter in LETTERS[: len(row.options)])
         gold = None if "" in keys[i] else LETTERS.index(*keys[i])
-        yield where, Question(i, subject, gold, prompts, answers)
+        yield row.where, Question(i, row.subject, gold, prompts, answers)
 
 
 def load_mmmlu(place: str, langs: list[str], print0: Callable) -> Loaded:
