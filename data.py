@@ -428,23 +428,23 @@ def load_mmmlu(place: str, langs: list[str], print0: Callable) -> Loaded:
     for root in ("", "test", "data/test"):
         for path in sorted(Path(place, root).glob("*.csv")):
             if name := re.fullmatch(r"mmlu_([A-Za-z]+-[A-Za-z]+)\.csv", path.name):
-                locale, subject, source = name[1].lower(), "", path.name
+                locale, subject, source = name[1].lower(), "", path
             elif name := re.fullmatch(r"(.+?)_test(?:_([\w-]+))?\.csv", path.name):
                 subject, locale = name[1], (name[2] or "en").lower()
-                source = path.name.replace(subject, "<subject>", 1)
+                source = path.with_name(path.name.replace(subject, "<subject>", 1))
             else:
                 continue
             for code in {locale, locale.partition("-")[0]}:
-                files.setdefault(code, {}).setdefault((root, source), []).append((path, subject))
+                files.setdefault(code, {}).setdefault(source, []).append((path, subject))
     for lang in langs:
         name = "<subject>_test.csv of MMLU" if lang == "en" else f"mmlu_{lang}-XX.csv"
         sources = file_for(place, lang.lower(), files, name)
         source, *others = sources
         if others:
-            paths = " and ".join(str(Path(place, *each)) for each in sources)
+            paths = " and ".join(map(str, sources))
             raise InputError(f"{place} has {lang!r} more than once: {paths}; name or keep one")
         if (twin := taken.setdefault(source, lang)) != lang:
-            raise InputError(f"--langs: {twin} and {lang} are both {Path(place, *source)}")
+            raise InputError(f"--langs: {twin} and {lang} are both {source}")
         rows[lang] = [row for part in sources[source] for row in mmlu_rows(*part)]
         for subject, n in Counter(row.subject for row in rows[lang]).items():
             if n != (there := sizes.setdefault(subject, (n, lang)))[0]:
