@@ -476,17 +476,16 @@ def load_xcsqa(place: str, langs: list[str], print0: Callable) -> Loaded:
 
     The published files permute the options of each language, which is refused (see `align`).
     """
-    files = {"dev": {}, "test": {}}
-    for root in ("", "X-CSQA", "X-CSR_datasets/X-CSQA"):
-        for path in [path for part in files for path in Path(place, root).glob(f"*/{part}.jsonl")]:
+    files, rows = {"dev": {}, "test": {}}, {}
+    for root, part in product(("", "X-CSQA", "X-CSR_datasets/X-CSQA"), files):
+        for path in Path(place, root).glob(f"*/{part}.jsonl"):
             lang = "ja" if path.parent.name == "jap" else path.parent.name
-            if (twin := files[path.stem].setdefault(lang, path)) != path:
+            if (twin := files[part].setdefault(lang, path)) != path:
                 raise InputError(f"{place} has {lang!r} twice: {twin} and {path}; keep one")
     part = "dev" if files["dev"].keys() & set(langs) else "test"
-    rows = {
-        lang: list(xcsqa_rows(file_for(place, lang, files[part], f"X-CSQA/{lang}/dev.jsonl")))
-        for lang in langs
-    }
+    for lang in langs:
+        path = file_for(place, lang, files[part], f"X-CSQA/{lang}/dev.jsonl")
+        rows[lang] = list(xcsqa_rows(path))
     yield from align(place, rows, print0, most=0.01)
 
 
