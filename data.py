@@ -509,13 +509,11 @@ def xcsqa_rows(path: Path) -> Iterator[Row]:
 
 def load_jsonl(place: str, langs: list[str], print0: Callable) -> Loaded:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
-    lines, run_together, unknown = {}, 0, {}
+    lines, unread, run_together = {}, Counter(), 0
     wanted = {"id": str | int, "subject": str, "gold": int | None, "prompts": dict, "answers": dict}
     for number, (where, fields) in enumerate(json_lines(Path(place)), 1):
         given = {"subject": "", "gold": None, **fields} if isinstance(fields, dict) else {}
-        for name in given.keys() - wanted.keys():
-            if near := get_close_matches(name, wanted, 1):
-                unknown[name, near[0]] = unknown.get((name, near[0]), 0) + 1
+        unread.update(given.keys() - wanted.keys())
         for name, kind in wanted.items():
             value = given.get(name, False)
             if not isinstance(value, kind) or isinstance(value, bool):
@@ -536,11 +534,11 @@ def load_jsonl(place: str, langs: list[str], print0: Callable) -> Loaded:
         prompts = {lang: prompts[lang] for lang in langs}
         answers = {lang: tuple(map(sys.intern, answers[lang])) for lang in langs}  # kept once
         seams = [f"{prompts[lang][-1:]}{text[:1]}" for lang in langs for text in answers[lang]]
-        run_together += any(seam.isascii() and seam.isalpha() and len(seam) > 1 for seam in seams)
-        subject = sys.intern(given["subject"])
-        yield where, Question(id, subject, given["gold"], prompts, answers)
-    for (name, near), times in unknown.items():
-        print0(f"{place}: {times} lines have a field {name!r}, which is not read; {near!r}?")
+        run_together += any(re.fullmatch("[A-Za-z]{2}", seam) for seam in seams)
+        yield where, Question(id, sys.intern(given["subject"]), given["gold"], prompts, answers)
+    for name, times in unread.items():
+        for near in get_close_matches(name, wanted, 1):
+            print0(f"{place}: {times} lines have a field {name!r}, which is not read; {near!r}?")
     if run_together:
         found = f"in {run_together} questions a word of the prompt runs into an answer"
         print0(f"{place}: {found}, which is appended as written; begin it with a space?")
