@@ -160,11 +160,10 @@ def completion_logps(
     None: so where the model does not take packed ones, with a warning.
     """
     if not isinstance(trees, Pack) and not hasattr(trees[0], "branches"):
-        if not all(hasattr(tree, "branches") for row in trees for tree in row):
-            raise ValueError(
-                "trees: wanted are data.Trees, or rows of them, as data.encode returns"
-            )
         flat = [tree for row in trees for tree in row]
+        if not all(hasattr(tree, "branches") for tree in flat):
+            wanted = "data.Trees, or rows of them, as data.encode returns"
+            raise ValueError(f"trees: wanted are {wanted}")
         return completion_logps(model, flat, packed).view(len(trees), len(trees[0]), -1)
     if packed is None:
         kind = next(model.parameters()).device.type  # under autocast, rounding is coarser
