@@ -187,8 +187,7 @@ def completion_logps(
     fed = {"input_ids": token, "attention_mask": mask, "position_ids": position}
     head = model.get_output_embeddings()
     head.forward = MethodType(float32_logits, head)
-    # (R, kept columns, vocabulary)
-    logits = model(**fed, logits_to_keep=logit_cols, use_cache=False).logits
+    logits = model(**fed, logits_to_keep=logit_cols, use_cache=False).logits  # (R, kept, vocab)
     log_sum = torch.stack([each.float().logsumexp(-1) for each in logits])  # row by row: less room
     logps = logits[row, logit_index, target].float() - log_sum[row, logit_index]  # (S,)
     answers = torch.full((T * K,), -torch.inf, device=token.device)
