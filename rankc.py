@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from itertools import combinations, permutations
+from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -439,38 +439,34 @@ def mean_and_error(parts: Sequence[tuple[Sequence[str], Tensor]]) -> tuple[float
     return mean, math.sqrt(sum(x * x for x in added.values()) * n / (n - 1)) if n > 1 else math.nan
 
 
-def _cell(parts: Sequence[tuple[Sequence[str], Tensor]], form: str = ".1f") -> str:
-    return _with_error(mean_and_error(parts), form)
-
-
 NEW = ", new prompts"
 
 
-def _picked(run: Run, picked: Sequence[bool]) -> Run:
-    """A run with those of its questions alone that are picked."""
+def _picked(run: Run, picked: Sequence[bool], at_pi_star: float | None = None) -> Run:
+    """A run with those of its questions alone that are picked, and the accuracy at pi* of them."""
     at = [q for q, each in enumerate(picked) if each]
     columns = {x: [getattr(run, x)[q] for q in at] for x in ("ids", "subjects", "gold", "new")}
-    return run._replace(base=run.base[at], trained=run.trained[at], **columns)
+    tables = {"base": run.base[at], "trained": run.trained[at]}
+    return run._replace(pi_star={"": at_pi_star}, **columns, **tables)
 
 
-def _new(run: Run) -> Run:
-    """A run with those questions alone whose prompt is no training question's."""
-    return _picked(run, run.new)._replace(pi_star={})
+def _cells(runs: list[Run], first: str) -> list[str]:
+    """The mean over runs of four measures before training, each with its change; accuracy at pi*.
 
-
-def _by_question(run: Run, first: str) -> tuple:
-    """Ids of the questions, their columns before training, (4, Q), and the change.
-
-    The columns are CLC, CLC with language `first`, and accuracy in it and in the others, which is
-    NaN where the right answer is not known.
+    The measures: CLC, CLC with language `first`, accuracy in it and in the others.
     """
-    tables = []
-    for scores in (run.base, run.trained):
-        found = by_question(scores, run.gold, run.langs, first)
-        others = [f"accuracy {lang}" for lang in run.langs if lang != first]
-        columns = [found["clc"], found[f"clc_{first}"], found[f"accuracy {first}"]]
-        tables.append(torch.stack([*columns, torch.stack([found[x] for x in others]).mean(0)]))
-    return run.ids, tables[0], tables[1] - tables[0]
+    parts = []
+    for run in runs:
+        both = by_question(torch.cat([run.base, run.trained]), 2 * run.gold, run.langs, first)
+        clc, with_first, *right = both.values()  # (2Q,) each
+        own = right.pop(run.langs.index(first))
+        old, new = torch.stack([clc, with_first, own, torch.stack(right).mean(0)]).chunk(2, dim=1)
+        columns = chain(*zip(old, new - old, strict=True))  # (Q,) each
+        parts.append([(run.ids, column) for column in columns])
+    found = zip(zip(*parts, strict=True), 4 * [".1f", "+.1f"], strict=True)
+    shares = [run.pi_star.get("") for run in runs]
+    at_pi_star = "" if None in shares else percent(sum(shares) / len(shares))
+    return [*(_with_error(mean_and_error(part), form) for part, form in found), at_pi_star]
 
 
 def _settings(run: Run, but_for: str = FREE) -> dict:
@@ -558,15 +554,13 @@ def _beside(runs: list[Run], first: str) -> str:
     for run in runs:
         if not torch.allclose(run.base, base.base, atol=0.05):  # nats
             notes.append(f"note: the base of {run.name} scores otherwise than that of {base.name}")
-    for more, group in {"": runs, NEW: [*map(_new, runs)]}.items():
-        ids, old, _ = _by_question(group[0], first)
-        if more and len(ids) == len(base.ids):
-            break
-        rows.append([f"base{more}", *(_cell([(ids, x)]) for x in old), ""])
-        for run in group:
-            ids, _, change = _by_question(run, first)
-            cells = [_cell([(ids, x)], "+.1f") for x in change]
-            rows.append([f"{run.name}{more}", *cells, percent(run.pi_star.get(""))])
+    groups = {"": runs}
+    if not all(base.new):
+        groups[NEW] = [_picked(run, run.new) for run in runs]
+    for more, group in groups.items():
+        found = [_cells([run], first) for run in group]  # each measure before its change
+        rows.append([f"base{more}", *found[0][:8:2], ""])
+        rows += [[run.name + more, *x[1:8:2], x[8]] for run, x in zip(group, found, strict=True)]
     return _titled(base, f"{' '.join(base.langs)}, {len(base.ids)} questions", rows, notes)
 
 
@@ -588,18 +582,12 @@ def _joined(runs: list[Run], first: str) -> str:
             note = f"note: {lang} is that of another run, {run.name} is left out"
             notes += [note] * (lang in own and note not in notes)
             picked = [subject in ("", each) for each in run.subjects]
-            own.setdefault(lang, _picked(run, picked))
+            own.setdefault(lang, _picked(run, picked, run.pi_star.get(subject)))
         groups = {**{lang: [run] for lang, run in own.items()}, "mean": [*own.values()]}
         if not all(all(run.new) for run in own.values()):
-            groups[f"mean{NEW}"] = [*map(_new, own.values())]
+            groups[f"mean{NEW}"] = [_picked(run, run.new) for run in own.values()]
         for label, group in groups.items():
-            found = [_by_question(run, first) for run in group]
-            rows.append([f"{subject} {label}".strip()])
-            for column in (1, 2, 3):
-                rows[-1].append(_cell([(ids, old[column]) for ids, old, _ in found]))
-                rows[-1].append(_cell([(ids, new[column]) for ids, _, new in found], "+.1f"))
-            shares = [run.pi_star.get(subject) for run in group]
-            rows[-1].append("" if None in shares else percent(sum(shares) / len(shares)))
+            rows.append([f"{subject} {label}".strip(), *_cells(group, first)[2:]])
     return _titled(runs[0], f"{first} and each language", rows, notes)
 
 
