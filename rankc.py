@@ -203,6 +203,7 @@ def report(
     texts, first, trained = [], reference_language(langs), "trained" in tables
     keys = {"clc": "CLC", f"clc_{first}": f"CLC-{first.upper()}"}
     keys |= {f"accuracy {lang}": f"accuracy {lang}" for lang in langs}
+    shown = [key for key in keys if key != f"clc_{first}"]
 
     def measured(found, split, picked):
         gold, ids = ([getattr(splits[split][q], x) for q in picked] for x in ("gold", "id"))
@@ -214,8 +215,7 @@ def report(
             found["answers"] = {lang: turned(old, new, gold) for lang, old, new in pairs}
         found |= {"questions": len(picked), "with_error": {}}
         for name, values in every.items():
-            both = {x: mean_and_error([(ids, each)]) for x, each in values.items()}
-            found["with_error"][name] = both
+            found["with_error"][name] = {x: mean_and_error([(ids, values[x])]) for x in values}
         for name in [name for name in tables if name not in found]:
             logps = (sums or tables)[name][split][picked]
             found[name] = measure(scores[name], scores["base"], gold, langs, logps)
@@ -223,24 +223,24 @@ def report(
                 del found[name]["probability"]  # normalised: it is 1
         return found
 
+    def cells(found, key, names):
+        return [_with_error(found["with_error"][x][key], "+" * (x == "change")) for x in names]
+
     for split, questions in reversed(splits.items()):  # held out first
         found = measured(metrics.setdefault(split, {}), split, range(len(questions)))
-        levels = chance_levels([question.K for question in questions])
-        rows = [[f"{split}, {len(questions)} questions", "chance", *tables, *["change"] * trained]]
-        every, both = [found[name] for name in tables], found["with_error"]
-        for key, label in keys.items():
-            if key != f"clc_{first}" or len(langs) > 2:  # of two languages it is CLC
-                cells = [_with_error(both[name][key]) for name in tables]
-                cells += [_with_error(both["change"][key], "+.1f")] if trained else []
-                rows.append([label, percent(levels[key not in ("clc", f"clc_{first}")]), *cells])
-        same = [each["top1_agreement"] for each in every]
-        shares = [("same top answer", levels[1], same, ".1f")]
+        clc, top = map(percent, chance_levels([question.K for question in questions]))
+        names, every = [*found["with_error"]], [found[name] for name in tables]
+        rows = [[f"{split}, {len(questions)} questions", "chance", *names]]
+        for key in keys if len(langs) > 2 else shown:  # CLC with one of two languages is CLC
+            level = clc if key.startswith("clc") else top
+            rows.append([keys[key], level, *cells(found, key, names)])
+        shares = [("same top answer", top, [each["top1_agreement"] for each in every], ".1f")]
         for lang in langs:
             mass = [each.get("probability", {}).get(lang) for each in every]
-            shares.append((f"probability of all answers {lang}", None, mass, ".3g"))
+            shares.append((f"probability of all answers {lang}", "", mass, ".3g"))
         for label, level, values, form in shares:
             change = [percent(values[-1] - values[0], f"+{form}")] if trained else []
-            rows.append([label, percent(level), *(percent(x, form) for x in values), *change])
+            rows.append([label, level, *(percent(x, form) for x in values), *change])
         for kind in ("right", "wrong"):
             nats = [(each["entropy"][kind], each["entropy_std"][kind]) for each in every]
             nats = ["" if None in pair else "{:.2f}, {:.2f}".format(*pair) for pair in nats]
@@ -254,24 +254,19 @@ def report(
         if len(langs) > 2:
             texts += ["", format_table(_pairs(found, langs))]
         parts, new = {}, new_prompts(splits, split, first)
-        if len(new) < len(questions):
-            shared = sorted({*range(len(questions))} - {*new})
+        if shared := sorted({*range(len(questions))} - {*new}):
             parts["prompts"] = {"new": new, "of a training question": shared}
         if by_subject:
             parts["subjects"] = subjects = {}
             for q, question in enumerate(questions):
                 subjects.setdefault(question.subject, []).append(q)
         for kind, named in parts.items():
-            shown = [key for key in keys if key != f"clc_{first}"]
             rows = [[kind[:-1], "questions", *(keys[key] for key in shown)]]
             for name, picked in sorted(named.items()):
                 part = found.setdefault(kind, {}).setdefault(name, {})
-                both = measured(part, split, picked)["with_error"]
-                cells = [[_with_error(both["base"][key]) for key in shown]]
-                if trained:
-                    cells += [[_with_error(both["change"][key], "+.1f") for key in shown]]
-                cells = [", ".join(filter(None, pair)) for pair in zip(*cells, strict=True)]
-                rows.append([name, str(len(picked)), *cells])
+                measured(part, split, picked)
+                both = [cells(part, key, ["base", *["change"] * trained]) for key in shown]
+                rows.append([name, str(len(picked)), *(", ".join(filter(None, x)) for x in both)])
             texts += ["", format_table(rows)]
     return "\n".join(texts)
 
@@ -293,10 +288,10 @@ def turned(before: Tensor, after: Tensor, gold: Sequence[int | None]) -> list[in
     return [int((moved & kind).sum()) for kind in (now, was, ~was & ~now)]
 
 
-def _with_error(both: tuple[float, float] | None, form: str = ".1f") -> str:
+def _with_error(both: tuple[float, float] | None, sign: str = "") -> str:
     if both is None:
         return ""
-    return percent(both[0], form) + f" ± {percent(both[1])}" * (not math.isnan(both[1]))
+    return percent(both[0], f"{sign}.1f") + f" ± {percent(both[1])}" * (not math.isnan(both[1]))
 
 
 def verdict(found: dict, langs: Sequence[str], reached: str) -> str:
@@ -306,7 +301,7 @@ def verdict(found: dict, langs: Sequence[str], reached: str) -> str:
     for key, name in names.items():
         if change := found["with_error"]["change"][key]:
             kind = 2 if not abs(change[0]) > 2 * change[1] else int(change[0] < 0)
-            kinds[[*kinds][kind]].append(f"{name} {_with_error(change, '+.1f')}")
+            kinds[[*kinds][kind]].append(f"{name} {_with_error(change, '+')}")
     told = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     aim = [f"CLC {percent(found[reached]['clc'])}"]
     shares = found[reached]["accuracy"].items()
@@ -463,10 +458,10 @@ def _cells(runs: list[Run], first: str) -> list[str]:
         old, new = torch.stack([clc, with_first, own, torch.stack(right).mean(0)]).chunk(2, dim=1)
         columns = chain(*zip(old, new - old, strict=True))  # (Q,) each
         parts.append([(run.ids, column) for column in columns])
-    found = zip(zip(*parts, strict=True), 4 * [".1f", "+.1f"], strict=True)
+    found = zip(zip(*parts, strict=True), 4 * ["", "+"], strict=True)
     shares = [run.pi_star.get("") for run in runs]
     at_pi_star = "" if None in shares else percent(sum(shares) / len(shares))
-    return [*(_with_error(mean_and_error(part), form) for part, form in found), at_pi_star]
+    return [*(_with_error(mean_and_error(part), sign) for part, sign in found), at_pi_star]
 
 
 def _settings(run: Run, but_for: str = FREE) -> dict:
