@@ -359,13 +359,11 @@ MACHINE = "out resume save_every eval_every eval_questions max_tokens gradient_c
 MACHINE += "shard offload device timeout"
 # In which runs of one table may differ.
 FREE = MACHINE + " langs test_subjects validation_questions processes torch transformers git"
+NEW = ", new prompts"
 
 
 def read_run(folder: Path, later: frozenset[Path] = frozenset()) -> Run:
-    """A finished run. Where its --model is a run on the same questions, that one's base counts.
-
-    Raises RunError.
-    """
+    """A finished run, or RunError; with the base of its --model if a run on the same questions."""
     try:
         path = folder / "run.json"
         settings = json.loads(path.read_text("utf-8"))
@@ -432,9 +430,6 @@ def mean_and_error(parts: Sequence[tuple[Sequence[str], Tensor]]) -> tuple[float
                 added[id] = added.get(id, 0.0) + x
     n = len(added)
     return mean, math.sqrt(sum(x * x for x in added.values()) * n / (n - 1)) if n > 1 else math.nan
-
-
-NEW = ", new prompts"
 
 
 def _picked(run: Run, picked: Sequence[bool], at_pi_star: float | None = None) -> Run:
@@ -537,18 +532,19 @@ def _titled(run: Run, about: str, rows: list[list[str]], notes: list[str]) -> st
     return "\n".join([*notes, "", head, "", format_table(rows)])
 
 
-def _levels(run: Run) -> list[str]:
-    return [*map(percent, chance_levels((~run.base[:, 0].isneginf()).sum(-1).tolist()))]
+def _chance(run: Run) -> list[str]:
+    """What chance gives, as a row of _cells."""
+    clc, top = map(percent, chance_levels((~run.base[:, 0].isneginf()).sum(-1).tolist()))
+    return [clc, "", clc, "", top, "", top, "", ""]
 
 
 def _beside(runs: list[Run], first: str) -> str:
     """Runs on the same questions, a row each, as differences to their base (Table 1)."""
-    base, name, notes, (clc, top) = runs[0], first.upper(), [], _levels(runs[0])
+    base, name = runs[0], first.upper()
     rows = [["", "CLC", f"CLC-{name}", f"A_{name}", f"A_not{name}", "A at pi*"]]
-    rows += [["chance", clc, clc, top, top, ""]]
-    for run in runs:
-        if not torch.allclose(run.base, base.base, atol=0.05):  # nats
-            notes.append(f"note: the base of {run.name} scores otherwise than that of {base.name}")
+    rows += [["chance", *_chance(base)[::2]]]
+    other = [run.name for run in runs if not torch.allclose(run.base, base.base, atol=0.05)]  # nats
+    notes = [f"note: the base of {x} scores otherwise than that of {base.name}" for x in other]
     groups = {"": runs}
     if not all(base.new):
         groups[NEW] = [_picked(run, run.new) for run in runs]
@@ -564,10 +560,10 @@ def _joined(runs: list[Run], first: str) -> str:
 
     Where subjects to test were named, so for each subject (Tables 3, 11 and 12).
     """
-    name, notes, subjects, (clc, top) = first.upper(), [], [""], _levels(runs[0])
+    name, notes, subjects = first.upper(), [], [""]
     rows = [["", *(f"{x}{y}" for x in (f"CLC-{name}", f"A_{name}", "A") for y in ("", " change"))]]
     rows[0].append("A at pi*")
-    rows += [["chance", clc, "", top, "", top, "", ""]]
+    rows += [["chance", *_chance(runs[0])[2:]]]
     if any(run.settings.get("test_subjects") for run in runs):
         subjects = sorted({subject for run in runs for subject in run.subjects})
     for subject in subjects:
@@ -663,10 +659,9 @@ def draw_curve(path: Path, points: list[dict], title: str) -> bool:
     if not (figure := _figure(9, 3.6)):
         return False
     first, *_, optimum = points
-    keys = [key for key in first if key.startswith("eval/")]
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, ("clc", "accuracy"), strict=True):
-        for n, key in enumerate(key for key in keys if key.startswith(f"eval/{name}")):
+        for n, key in enumerate(key for key in first if key.startswith(f"eval/{name}")):
             values = [100 * point[key] for point in points]
             axes.plot([point["step"] for point in points[:-1]], values[:-1], f"C{n}.-",
                       label=key.rpartition("/")[2])  # fmt: skip
