@@ -253,18 +253,17 @@ def report(
             texts += ["", format_table(rows)]
         if len(langs) > 2:
             texts += ["", format_table(_pairs(found, langs))]
-        parts, new = {}, new_prompts(splits, split, first)
-        if shared := sorted({*range(len(questions))} - {*new}):
-            parts["prompts"] = {"new": new, "of a training question": shared}
+        parts, new = {}, {*new_prompts(splits, split, first)}
+        if len(new) < len(questions):
+            told = "of a training question"
+            parts["prompts"] = ["new" if q in new else told for q in range(len(questions))]
         if by_subject:
-            parts["subjects"] = subjects = {}
-            for q, question in enumerate(questions):
-                subjects.setdefault(question.subject, []).append(q)
-        for kind, named in parts.items():
+            parts["subjects"] = [question.subject for question in questions]
+        for kind, labels in parts.items():
             rows = [[kind[:-1], "questions", *(keys[key] for key in shown)]]
-            for name, picked in sorted(named.items()):
-                part = found.setdefault(kind, {}).setdefault(name, {})
-                measured(part, split, picked)
+            for name in sorted({*labels}):
+                picked = [q for q, label in enumerate(labels) if label == name]
+                part = measured(found.setdefault(kind, {}).setdefault(name, {}), split, picked)
                 both = [cells(part, key, ["base", *["change"] * trained]) for key in shown]
                 rows.append([name, str(len(picked)), *(", ".join(filter(None, x)) for x in both)])
             texts += ["", format_table(rows)]
