@@ -11,7 +11,7 @@ question with fewer than K candidates has -inf in the places left, in every lang
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ def rankc(scores_a: Tensor, scores_b: Tensor) -> Tensor:
     candidate number. Raises ValueError on NaN, on a candidate missing in one language only, on a
     question without any, and on other axes.
     """
-    return _consist(torch.stack([scores_a, scores_b], dim=1))(0, 1)
+    return _consist(torch.stack([scores_a, scores_b], dim=1))[0, 1]
 
 
 def clc(scores: Tensor) -> Tensor:
@@ -36,15 +36,14 @@ def clc(scores: Tensor) -> Tensor:
 
     Raises ValueError as rankc does.
     """
-    consist, L = _consist(scores), scores.shape[1]
-    matrix = torch.eye(L, dtype=torch.double)
-    for a, b in combinations(range(L), 2):
-        matrix[a, b] = matrix[b, a] = consist(a, b).mean()
+    pairs, matrix = _consist(scores), torch.eye(scores.shape[1], dtype=torch.double)
+    for (a, b), consist in pairs.items():
+        matrix[a, b] = matrix[b, a] = consist.mean()
     return matrix
 
 
-def _consist(scores: Tensor) -> Callable[[int, int], Tensor]:
-    """A function of two languages' indices giving their consist (Q,); sorts each language once.
+def _consist(scores: Tensor) -> dict[tuple[int, int], Tensor]:
+    """The consist, (Q,), of each pair of languages, by their indices; sorts each language once.
 
     Both top-j hold those candidates whose worse rank m is below j. So sum_j w_j P@j, summed over
     candidates c instead of over j, is sum_c sum_{j > m_c} w_j / j: one look-up a candidate.
@@ -53,13 +52,14 @@ def _consist(scores: Tensor) -> Callable[[int, int], Tensor]:
     missing = torch.isneginf(scores)
     if scores.isnan().any() or (missing != missing[:, :1]).any():
         raise ValueError("scores hold NaN, or a candidate missing (-inf) in one language only")
-    N = (~missing[:, 0]).sum(-1)  # (Q,) candidates of each question
+    N = (~missing[:, 0]).sum(-1, keepdim=True)  # (Q, 1) candidates of each question
     if (N == 0).any():
         raise ValueError("a question without candidates has no ranking")
     ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # (Q, L, K), 0 is best
     w, j = _weights(scores.shape[-1])
     tail = (w / j).flip(-1).cumsum(-1).flip(-1)  # (K + 1, K): at [N, m], sum_{j > m} w_j / j
-    return lambda a, b: tail[N[:, None], torch.maximum(ranks[:, a], ranks[:, b])].sum(-1)
+    pairs = combinations(range(scores.shape[1]), 2)
+    return {(a, b): tail[N, torch.maximum(ranks[:, a], ranks[:, b])].sum(-1) for a, b in pairs}
 
 
 def _check_axes(scores: Tensor) -> None:
@@ -112,12 +112,11 @@ def by_question(
     reference language. Accuracy is NaN where the right answer is not known. Raises ValueError as
     rankc does.
     """
-    consist, first = _consist(scores), first or reference_language(langs)
-    pairs = {pair: consist(*pair) for pair in combinations(range(len(langs)), 2)}
+    pairs, first = _consist(scores), first or reference_language(langs)
     known = torch.tensor([math.nan if g is None else float(g) for g in gold], dtype=torch.double)
     right = top1_correct(scores, known.nan_to_num().long()) + 0 * known[:, None]  # (Q, L)
-    found = {"clc": [*pairs.values()]}
-    found[f"clc_{first}"] = [x for pair, x in pairs.items() if langs.index(first) in pair]
+    with_first = [x for pair, x in pairs.items() if langs.index(first) in pair]
+    found = {"clc": [*pairs.values()], f"clc_{first}": with_first}
     found = {name: torch.stack(values).mean(0) for name, values in found.items()}
     return found | {f"accuracy {lang}": x for lang, x in zip(langs, right.T, strict=True)}
 
@@ -380,8 +379,7 @@ def read_run(folder: Path, later: frozenset[Path] = frozenset()) -> Run:
         tables = []
         for name in ("base", "trained"):
             nats = [torch.tensor([line[name][lang] for lang in langs]).T for line in lines]
-            pad = {"batch_first": True, "padding_value": -torch.inf}
-            tables.append(torch.nn.utils.rnn.pad_sequence(nats, **pad).transpose(1, 2))
+            tables.append(torch.nn.utils.rnn.pad_sequence(nats, True, -torch.inf).transpose(1, 2))
         settings["model"] = settings["model"] or f"embedded model, seed {settings['seed']}"
         settings |= {"split": split, "data": settings["data"], "score": settings["score"]}
         columns = [[line[name] for line in lines] for name in ("id", "subject", "gold")]
