@@ -557,13 +557,11 @@ def _joined(runs: list[Run], first: str) -> str:
 
     Where subjects to test were named, so for each subject (Tables 3, 11 and 12).
     """
-    name, notes, subjects = first.upper(), [], [""]
-    rows = [["", *(f"{x}{y}" for x in (f"CLC-{name}", f"A_{name}", "A") for y in ("", " change"))]]
-    rows[0].append("A at pi*")
-    rows += [["chance", *_chance(runs[0])[2:]]]
-    if any(run.settings.get("test_subjects") for run in runs):
-        subjects = sorted({subject for run in runs for subject in run.subjects})
-    for subject in subjects:
+    name, notes = first.upper(), []
+    header = [x + y for x in (f"CLC-{name}", f"A_{name}", "A") for y in ("", " change")]
+    rows = [["", *header, "A at pi*"], ["chance", *_chance(runs[0])[2:]]]
+    named = any(run.settings.get("test_subjects") for run in runs)
+    for subject in sorted({each for run in runs for each in run.subjects}) if named else [""]:
         own = {}
         for run in [run for run in runs if subject in ("", *run.subjects)]:
             (lang,) = set(run.langs) - {first}
@@ -655,15 +653,13 @@ def draw_curve(path: Path, points: list[dict], title: str) -> bool:
     """
     if not (figure := _figure(9, 3.6)):
         return False
-    first, *_, optimum = points
-    panels = figure.subplots(1, 2)
+    panels, steps = figure.subplots(1, 2), [point["step"] for point in points[:-1]]
     for axes, name in zip(panels, ("clc", "accuracy"), strict=True):
-        for n, key in enumerate(key for key in first if key.startswith(f"eval/{name}")):
+        for n, key in enumerate(key for key in points[0] if key.startswith(f"eval/{name}")):
             values = [100 * point[key] for point in points]
-            axes.plot([point["step"] for point in points[:-1]], values[:-1], f"C{n}.-",
-                      label=key.rpartition("/")[2])  # fmt: skip
+            axes.plot(steps, values[:-1], f"C{n}.-", label=key.rpartition("/")[2])
             axes.axhline(values[0], color=f"C{n}", linewidth=0.6)
-            axes.axhline(100 * optimum[key], color=f"C{n}", linestyle=":")
+            axes.axhline(values[-1], color=f"C{n}", linestyle=":")
         axes.set(xlabel="step", ylabel="per cent", title="CLC" if name == "clc" else name)
     panels[1].legend()
     figure.suptitle(f"{title}; thin line: base, dotted: pi*, what DCO aims at", fontsize=10)
