@@ -429,12 +429,11 @@ def mean_and_error(parts: Sequence[tuple[Sequence[str], Tensor]]) -> tuple[float
     return mean, math.sqrt(sum(x * x for x in added.values()) * n / (n - 1)) if n > 1 else math.nan
 
 
-def _picked(run: Run, picked: Sequence[bool], at_pi_star: float | None = None) -> Run:
+def _picked(run: Run, picked: Sequence[bool], share: float | None = None) -> Run:
     """A run with those of its questions alone that are picked, and the accuracy at pi* of them."""
     at = [q for q, each in enumerate(picked) if each]
     columns = {x: [getattr(run, x)[q] for q in at] for x in ("ids", "subjects", "gold", "new")}
-    tables = {"base": run.base[at], "trained": run.trained[at]}
-    return run._replace(pi_star={"": at_pi_star}, **columns, **tables)
+    return run._replace(base=run.base[at], trained=run.trained[at], pi_star={"": share}, **columns)
 
 
 def _cells(runs: list[Run], first: str) -> list[str]:
@@ -448,8 +447,7 @@ def _cells(runs: list[Run], first: str) -> list[str]:
         clc, with_first, *right = both.values()  # (2Q,) each
         own = right.pop(run.langs.index(first))
         old, new = torch.stack([clc, with_first, own, torch.stack(right).mean(0)]).chunk(2, dim=1)
-        columns = chain(*zip(old, new - old, strict=True))  # (Q,) each
-        parts.append([(run.ids, column) for column in columns])
+        parts.append([(run.ids, x) for x in chain(*zip(old, new - old, strict=True))])  # (Q,) each
     found = zip(zip(*parts, strict=True), 4 * ["", "+"], strict=True)
     shares = [run.pi_star.get("") for run in runs]
     at_pi_star = "" if None in shares else percent(sum(shares) / len(shares))
