@@ -99,8 +99,7 @@ def top1_correct(scores: Tensor, gold: Tensor) -> Tensor:
 
 def entropy(scores: Tensor) -> Tensor:
     """Entropy, nats, of the distribution over the candidates (section 6.5): (..., K) -> (...,)."""
-    logp = scores.double().log_softmax(-1)
-    return -(logp.exp() * logp.masked_fill(torch.isneginf(logp), 0.0)).sum(-1)
+    return torch.special.entr(scores.double().softmax(-1)).sum(-1)
 
 
 def by_question(
