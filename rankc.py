@@ -32,10 +32,7 @@ def rankc(scores_a: Tensor, scores_b: Tensor) -> Tensor:
 
 
 def clc(scores: Tensor) -> Tensor:
-    """RankC (App. I), the mean over questions, of each language pair: (Q, L, K) -> (L, L).
-
-    Raises ValueError as rankc does.
-    """
+    """RankC (App. I) of each pair of languages: (Q, L, K) -> (L, L). Raises ValueError as rankc."""
     pairs, matrix = _consist(scores), torch.eye(scores.shape[1], dtype=torch.double)
     for (a, b), consist in pairs.items():
         matrix[a, b] = matrix[b, a] = consist.mean()
