@@ -459,6 +459,9 @@ def test_a_report_counts_questions_apart_whose_prompt_was_trained_on():
         change = columns(new)[:, 0] - columns(old)[:, 0]
         told = f"{shown(columns(old)[:, 0])}, {shown(change, '+.1f')}"
         assert cells(text, name)[:2] == [str(len(old)), told]
+    tables = {x: {"train": t["test"], "test": t["train"]} for x, t in tables.items()}
+    rankc.report({"train": every, "test": every[:3]}, tables, langs, metrics := {})
+    assert list(metrics["test"]["prompts"]) == ["of a training question"]  # none is new
 
 
 def test_a_table_is_markdown_whose_cells_stand_below_each_other():
