@@ -52,10 +52,8 @@ from data import InputError, Question, Tree
 
 # ------------------------------------------------------------------------------------- the settings
 LR = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
-RATES = (
-    "dco 1e-5, on X-CSQA 1e-6 for Gemma (the authors' release: for Llama 3.1 8B, too); sft 5e-7, "
-)
-RATES += "dpo and calm 5e-6"
+RATES = "dco 1e-5, on X-CSQA 1e-6 for Gemma (the authors' release: for Llama 3.1 8B, too); "
+RATES += "sft 5e-7, dpo and calm 5e-6"
 # What --eval_only takes from the run that left --model, unless the command line says otherwise.
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
 OF_THE_RUN += "validation_questions train_subjects test_subjects"
@@ -158,27 +156,24 @@ class Config(Output, Machine, Optimizer, Method, What):
         found |= {"data": "atlas", "langs": ["en", "fr", "es", "sw"], "split_seed": 0}
         found |= {"lr": LR[method], "epochs": 1, "batch_questions": 4, "candidates": 2}
         found |= {"score": "sum", "validation_questions": 0}
-        found["device"] = "cuda" if self.model and torch.cuda.is_available() else "cpu"
-        found["dtype"] = "bfloat16" if (self.device or found["device"]) == "cuda" else "float32"
-        object.__setattr__(self, "shard", self.shard or self.offload)
+        device = self.device or ("cuda" if self.model and torch.cuda.is_available() else "cpu")
+        found |= {"device": device, "dtype": "bfloat16" if device == "cuda" else "float32"}
         found["beta"] = 0.1 if method in ("dpo", "calm") else 1.0  # as usual: the paper gives none
         found["pairs_per_question"] = 7 if xcsqa and method in ("dco", "dpo") else 1  # App. H
         if xcsqa and method == "dco" and self.lr is None and is_gemma(self.model):
             found["lr"] = 1e-6
         if not self.model:
             found |= {"lr": SCALED * LR[method], "epochs": 6, "batch_questions": 16}
-        if not self.model and method == "dco" and self.pairs == "random":
-            found["candidates"] = 6
-        for name, value in found.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+            found["candidates"] = 6 if method == "dco" and self.pairs == "random" else 2
+        found = {name: value for name, value in found.items() if getattr(self, name) is None}
+        vars(self).update(found, shard=self.shard or self.offload)  # it is frozen from now on
         for name, least in AT_LEAST.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
         if self.candidates != "all":
             if not str(self.candidates).isdecimal() or int(self.candidates) < 2:
                 raise InputError(f"--candidates {self.candidates}: must be at least 2, or all")
-            object.__setattr__(self, "candidates", int(self.candidates))
+            vars(self)["candidates"] = int(self.candidates)
         if self.warmup > 1:
             raise InputError(f"--warmup {self.warmup}: a share of the steps lies in [0, 1]")
         for name in ("beta", "lr", "timeout"):
