@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
-from itertools import combinations, count, islice
+from itertools import combinations, count, islice, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.request import Request, urlopen
@@ -34,7 +34,7 @@ try:
     import torch.distributed.checkpoint as dcp
     import transformers
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
     from torch import Tensor, nn
     from torch.distributed import fsdp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -191,7 +191,7 @@ EXAMPLE = """example: python train.py --model DIR --data bmlama:DIR --langs en e
 
 def is_gemma(name: str) -> bool:
     """Whether a model's config.json names it a Gemma; False where there is none to read."""
-    with suppress(*UNREADABLE):
+    with suppress(Exception):  # load_model tells of a damaged one
         found, _ = transformers.PretrainedConfig.get_config_dict(name)
         return str(found.get("model_type", "")).startswith("gemma")
     return False
@@ -242,22 +242,21 @@ def parse_config() -> Config:
 
 def gamma_matrix(config: Config) -> Tensor:
     """gamma (L, L) of --trust or --gamma; warns, with the rank, where Lemma 3 does not hold."""
-    langs, L, weights = config.langs, len(config.langs), dict.fromkeys(config.langs, 1.0)
+    langs, L, weights = config.langs, len(config.langs), {}
     if config.trust and config.gamma:
         raise InputError("--trust and --gamma say the same thing twice: give one")
     flag, form = "--gamma", f"two numbers for two languages, or a JSON matrix {L} x {L}"
     if config.trust:
         flag, form = f"--trust {' '.join(config.trust)}", "LANG=NUMBER, as en=2"
     try:
-        for item in config.trust:
-            lang, weight = item.split("=")
-            if [each.partition("=")[0] for each in config.trust].count(lang) > 1:
+        for lang, weight in (item.split("=") for item in config.trust):
+            if lang in weights:
                 raise ValueError(f"{lang!r} comes twice")
             if lang not in langs:
                 raise ValueError(f"{lang!r} is not among --langs {' '.join(langs)}")
             weights[lang] = float(weight)
         if not config.gamma:
-            trust = torch.tensor([*weights.values()], dtype=torch.double)
+            trust = torch.tensor([weights.get(lang, 1.0) for lang in langs], dtype=torch.double)
             return dco.gamma_from_trust(trust, config.beta)
         gamma = torch.tensor([json.loads(item) for item in config.gamma], dtype=torch.double)
         gamma = gamma.squeeze(0) if gamma.ndim == 3 else gamma.diag_embed().flip(-1)
@@ -298,10 +297,9 @@ def select_candidates(question: Question, ref_logps: Tensor, number: int, config
         size = K if config.candidates == "all" else config.candidates
         chosen = data.sample(question, size, number, config.seed)
     else:
-        chosen = [question.gold]
-        if config.method != "sft":
-            order = data.sample(question, K, number, config.seed)
-            chosen.append(next(k for k in order if k != question.gold))
+        order = data.sample(question, K, number, config.seed)
+        chosen = [question.gold, next(k for k in order if k != question.gold)]
+        chosen = chosen[:1] if config.method == "sft" else chosen
     if config.objective == "pairwise":  # Eq. 11 between two; not Eq. 15 where L > 2
         rng = random.Random(f"pair/{config.seed}/{question.id}/{number}")
         trained = sorted(rng.sample(trained, 2))
@@ -314,8 +312,7 @@ def make_batches(
     """The items of each step, functions of seed and ids alone. ref_logps: (Q, L, K) nats."""
     L, size = len(config.langs), config.batch_questions
     for epoch in range(config.epochs):
-        every = range(config.pairs_per_question)
-        order = [(q, number) for q in range(len(questions)) for number in every]
+        order = [*product(range(len(questions)), range(config.pairs_per_question))]
         random.Random(f"order/{config.seed}/{epoch}").shuffle(order)
         for first in range(0, len(order), size):
             items = []
@@ -409,11 +406,10 @@ def train(
             tokens += sum(item.trees[i].tokens(packed) for item in items for i in item.trained)
             metrics = step_metrics(items, logps, ref, r_align, losses, config)
             if config.eval_every and step % config.eval_every == 0:
-                metrics |= evaluate()
+                looked = evaluate()
                 model.train()
-            shown = {
-                x.rpartition("/")[2]: y for x, y in metrics.items() if x[:5] == "eval/"
-            } or shown
+                metrics |= looked
+                shown = {name.rpartition("/")[2]: share for name, share in looked.items()}
             steps.set_postfix(loss=metrics["loss"], **shown, refresh=False)
             log({"step": step, **metrics, "grad_norm": float(norm), "lr": lr})
             stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
@@ -650,11 +646,6 @@ def load_splits(config: Config) -> rankc.Splits:
     return splits
 
 
-# What transformers lets through of a damaged folder.
-UNREADABLE = OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError
-UNREADABLE += (SafetensorError,)
-
-
 def hub_is_reached() -> bool:
     """Whether there is a network with the Hugging Face hub in it."""
     try:
@@ -673,7 +664,6 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
     Raises InputError where no causal language model can be loaded.
     """
     name, remote = config.model, {"trust_remote_code": config.trust_remote_code}
-    rank = dist.get_rank()
     adapters = Path(name, "adapter_config.json").is_file()
     if adapters and not Path(name, "config.json").is_file():
         merge = "merge them into their model first (peft's merge_and_unload), and name the result"
@@ -688,18 +678,15 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
                     setattr(part, key, 0.0)  # else policy and reference differ at step 0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
         auto, how = transformers.AutoModelForCausalLM, {"dtype": torch.float32, **remote}
-        if rank > 0:
+        if dist.get_rank() > 0:
             with torch.device("meta"):
-                model, missing = auto.from_config(settings, **how), []
+                model = auto.from_config(settings, **how)
         else:
             how |= {"config": settings, "use_safetensors": True, "output_loading_info": True}
             model, found = auto.from_pretrained(name, **how)
-            missing = sorted(found["missing_keys"])  # transformers would draw them at random
-        if missing:
-            raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
-    except torch.OutOfMemoryError:
-        raise
-    except UNREADABLE as error:
+            if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+                raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
+    except Exception as error:  # of many kinds, for transformers lets them through
         where = "" if Path(name).is_dir() else " (there is no such folder)"
         if "local_files_only" in remote:
             where = " (no such folder, and the hub is not reached)"
@@ -742,9 +729,8 @@ def distribute(model: nn.Module, config: Config, device: torch.device) -> None:
     how = {"mesh": mesh, "reshard_after_forward": True, "offload_policy": fsdp.OffloadPolicy()}
     if config.offload:
         how["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    mixed = fsdp.MixedPrecisionPolicy()
-    if config.dtype == "bfloat16":  # autocast would keep a copy of each weight
-        mixed = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    dtypes = (torch.bfloat16, torch.float32) if config.dtype == "bfloat16" else (None, None)
+    mixed = fsdp.MixedPrecisionPolicy(*dtypes)  # autocast would keep a copy of each weight
     inside = {module for layer in layers for module in layer.modules()}
     for layer in layers:  # one after the other: no process but rank 0 ever has the whole model
         receive([*layer.modules()])
@@ -785,10 +771,9 @@ def score(
             logps = dco.completion_logps(model, [flat[t] for t in group], packed)
             if n < len(groups):
                 table[dco.send(torch.tensor(group), device), : logps.shape[1]] = logps
-    table.masked_fill_(missing.to(device), 0.0)
     if world > 1:
         dist.all_reduce(table)  # a row is zero but on the process that scored it
-    table = table.cpu()
+    table = table.cpu().masked_fill(missing, 0.0)
     if where := (~table.isfinite()).view(len(trees), -1).any(-1).nonzero()[:, 0].tolist():
         names = ", ".join(repr(ids[q] if ids else q) for q in where[:5])
         found = f"log-probs are NaN or infinite in {len(where)} of {len(trees)} questions: {names}"
@@ -806,10 +791,10 @@ def atomic_rename(part: Path, path: Path) -> None:
     part.replace(path)
 
 
-def atomic_write(path: Path, text: str) -> None:
+def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file such that it is there whole, or as it was before."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     atomic_rename(part, path)
 
 
@@ -884,10 +869,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, scheduler: A
     if not (steps := saved_steps(folder)):
         return {}
     path = folder / f"step-{steps[-1]}"
-    for weight in [weight for weight in model.parameters() if weight.requires_grad]:
-        moments = {kind: torch.zeros_like(weight) for kind in MOMENTS}
+    for weight in optimizer.param_groups[0]["params"]:
         step = torch.tensor(float(steps[-1]), device=weight.device)
-        optimizer.state[weight] = {"step": step, **moments}
+        optimizer.state[weight] = {kind: torch.zeros_like(weight) for kind in MOMENTS}
+        optimizer.state[weight]["step"] = step
     try:
         state = json.loads((path / "state.json").read_text())
         found = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
@@ -921,12 +906,7 @@ def load_or_compute(path: Path, shapes: dict, compute: Callable[[], dict]) -> di
             raise InputError(f"{wrong}; remove it, or name another --out") from error
     tables = compute()
     if dist.get_rank() == 0:
-        part = path.with_name(path.name + ".part")
-        try:
-            save_file(tables, part)
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
-        atomic_rename(part, path)
+        atomic_write(path, save(tables))
     return tables
 
 
@@ -1042,8 +1022,7 @@ def describe(
     model: nn.Module, tokenizer: Any, splits: rankc.Splits, trees: dict, total: int, config: Config
 ) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
-    weights = [*model.parameters()]
-    size, trained = (sum(w.numel() for w in weights if w.requires_grad >= x) for x in (False, True))
+    size, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     where = f"computed in {config.dtype}, on {dist.get_world_size()} x {config.device}"
     where += ", sharded" * config.shard + ", offloaded" * config.offload
     lines = [f"{size:,} parameters, {trained:,} trained, {where}"]
@@ -1126,13 +1105,10 @@ def changes(questions: list[Question], base: Tensor, trained: Tensor, langs: lis
     for q in (before != after).any(1).nonzero()[:4, 0].tolist():
         question, gold = questions[q], questions[q].gold
         lines += [f"  {question.prompts[langs[0]].strip().partition(chr(10))[0]} ..."]
+        marks = ["" if gold is None else "✓ " if k == gold else "✗ " for k in range(question.K)]
         for lang, old, new in zip(langs, before[q].tolist(), after[q].tolist(), strict=True):
-
-            def told(k):
-                mark = "" if gold is None else "\u2713 " if k == gold else "\u2717 "
-                return mark + question.answers[lang][k].strip()
-
-            lines += [f"    {lang}  {told(old)}" + f"  ->  {told(new)}" * (old != new)]
+            told = [x + y.strip() for x, y in zip(marks, question.answers[lang], strict=True)]
+            lines += [f"    {lang}  {told[old]}" + f"  ->  {told[new]}" * (old != new)]
             if gold not in (None, new):
                 lines[-1] += f"  (right: {question.answers[lang][gold].strip()})"
     return "\n".join(lines)
