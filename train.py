@@ -1132,11 +1132,11 @@ def main() -> None:
         return print0(f"resume: {out} is finished, nothing is left to do")
     splits, done = load_splits(config), max(saved_steps(folder), default=0)
     print0(f"loading {config.model or 'the embedded model'}; what is written goes to {out}")
+    kept = folder / "reference.safetensors"
     if config.model:
         model, tokenizer = load_model(config)
     else:
-        known = done > 0 and (folder / "reference.safetensors").exists()
-        model, tokenizer = embedded_model(config, known)
+        model, tokenizer = embedded_model(config, known=done > 0 and kept.exists())
     distribute(model, config, device)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     trees = {s: data.encode(tokenizer, part, langs, context) for s, part in splits.items()}
@@ -1157,11 +1157,11 @@ def main() -> None:
     print0(describe(model, tokenizer, splits, trees, total, config))
     lap("load")
 
-    def score_splits(desc):
+    def score_splits(desc, parts=splits):
         tables = {}
-        for name, rows in trees.items():
-            ids = [question.id for question in splits[name]]
-            tables[name] = score(model, rows, config, packed, f"{desc} {name}", ids)
+        for name, part in parts.items():
+            rows, ids = trees[name][: len(part)], [question.id for question in part]
+            tables[name] = score(model, rows, config, packed, desc and f"{desc} {name}", ids)
         return tables
 
     def ranked(sums):  # what --score ranks answers by
@@ -1172,8 +1172,7 @@ def main() -> None:
         return {s: sums[s] / pad_sequence(flat[s], True, 1).view_as(sums[s]) for s in sums}
 
     shapes = {s: (len(part), len(langs), max(q.K for q in part)) for s, part in splits.items()}
-    compute = partial(score_splits, "reference")
-    ref_logps = load_or_compute(folder / "reference.safetensors", shapes, compute)
+    ref_logps = load_or_compute(kept, shapes, partial(score_splits, "reference"))
     lap("reference")
     base = ranked(ref_logps)
     reach = partial(dco.optimal_policy, gamma=gamma, beta=config.beta)  # what DCO can reach
@@ -1200,9 +1199,7 @@ def main() -> None:
         return {f"eval/{x.replace(' ', '/')}": share for x, share in found.items()}
 
     def look():
-        rows = trees[watched][: len(seen)]
-        sums = {watched: score(model, rows, config, packed, ids=[q.id for q in seen])}
-        return looked(ranked(sums))
+        return looked(ranked(score_splits("", {watched: seen})))
 
     if not config.eval_only:
         questions, rows, ref = splits["train"], trees["train"], ref_logps["train"]
