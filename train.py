@@ -39,7 +39,6 @@ try:
     from torch.distributed import fsdp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor
     from torch.nn.utils.rnn import pad_sequence
     from tqdm import tqdm
 except ImportError as error:  # no environment, or an old one
@@ -70,6 +69,9 @@ AT_LEAST = dict.fromkeys("max_tokens epochs batch_questions pairs_per_question".
 AT_LEAST |= dict.fromkeys(
     "save_every eval_every eval_questions grad_clip warmup validation_questions".split(), 0
 )
+EXAMPLE = """example: python train.py --model DIR --data bmlama:DIR --langs en es \\
+    --train_questions 1000 --test_questions 300 --out runs/en-es"""
+CONTINUE = "; the same command with --resume continues from the last checkpoint"
 
 
 def opt(default: Any, text: str) -> Any:
@@ -183,10 +185,6 @@ class Config(Output, Machine, Optimizer, Method, What):
         for what in (what, f"--pairs {self.pairs}"):
             if unused := given & set(UNUSED.get(what, "").split()):
                 raise InputError(f"--{min(unused)}: {what} has no use of it; leave it out")
-
-
-EXAMPLE = """example: python train.py --model DIR --data bmlama:DIR --langs en es \\
-    --train_questions 1000 --test_questions 300 --out runs/en-es"""
 
 
 def is_gemma(name: str) -> bool:
@@ -323,10 +321,8 @@ def make_batches(
                 ref[:, : chosen.shape[1]] = table.gather(-1, chosen)
                 learns = torch.zeros(L).index_fill(0, torch.tensor(trained), 1.0)
                 experts = gamma * learns * learns[:, None]  # of the languages that are trained
-                pruned = [
-                    tree._replace(branches=[tree.branches[k] for k in row])
-                    for tree, row in zip(trees[q], chosen.tolist(), strict=True)
-                ]
+                rows = zip(trees[q], chosen.tolist(), strict=True)
+                pruned = [t._replace(branches=[t.branches[k] for k in row]) for t, row in rows]
                 r_align = dco.align_reward(ref, experts)
                 items.append(Item(pruned, ref, r_align, trained, questions[q].id))
             yield items
@@ -389,7 +385,7 @@ def train(
                     results[b, i, : found.shape[1]] = found
             sum_gradients(weights, config)
             norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or torch.inf)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norm = norm.full_tensor() if config.shard else norm
             reduced = torch.cat([dco.send(torch.tensor(flags), device), results.flatten()])
             if world > 1:
                 dist.all_reduce(reduced)  # a row is zero but on the process that fed it
@@ -500,9 +496,6 @@ def step_metrics(
 
 
 # ---------------------------------------------------------------------- processes, and how they end
-CONTINUE = "; the same command with --resume continues from the last checkpoint"
-
-
 def init_distributed(config: Config) -> torch.device:
     """Join the process group that torchrun's environment describes, or make one of one process."""
     device = torch.device(config.device)
@@ -1192,14 +1185,12 @@ def main() -> None:
     watched = "validation" if "validation" in splits else last
     seen = splits[watched][: config.eval_questions or None]
 
-    def looked(scores):  # of the questions that --eval_every looks at
+    def look(scores=None):  # at the questions of --eval_every: these scores, or new ones
+        scores = scores or ranked(score_splits("", {watched: seen}))
         found = rankc.by_question(scores[watched][: len(seen)], [q.gold for q in seen], langs)
         names = ["clc", *(f"accuracy {lang}" for lang in langs)]
         found = {x: found[x].nanmean().item() for x in names if not found[x].isnan().all()}
         return {f"eval/{x.replace(' ', '/')}": share for x, share in found.items()}
-
-    def look():
-        return looked(ranked(score_splits("", {watched: seen})))
 
     if not config.eval_only:
         questions, rows, ref = splits["train"], trees["train"], ref_logps["train"]
@@ -1239,8 +1230,8 @@ def main() -> None:
         drawn = rankc.draw_clc(out / "clc.png", last, metrics[last], langs)
         if config.eval_every:
             lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-            points = [{"step": 0, **looked(base)}, *(x for x in lines if "eval/clc" in x)]
-            points += [looked(optimum)]
+            points = [{"step": 0, **look(base)}, *(x for x in lines if "eval/clc" in x)]
+            points += [look(optimum)]
             rankc.draw_curve(out / "curve.png", points, f"{watched}, {len(seen)} questions")
         if not drawn:
             print0("pictures are left out; to draw them: pip install -e '.[plot]'")
