@@ -56,7 +56,8 @@ RATES += "sft 5e-7, dpo and calm 5e-6"
 # What --eval_only takes from the run that left --model, unless the command line says otherwise.
 OF_THE_RUN = "data langs beta trust gamma score split_seed train_questions test_questions "
 OF_THE_RUN += "validation_questions train_subjects test_subjects"
-SCALED = 20  # a tiny model takes a larger rate
+SCALED = 20  # the embedded model, a tiny one, takes a larger rate
+COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts it is taught
 UNUSED = {  # settings that --eval_only, or a --method, has no use of
     "--eval_only": "method objective lr schedule warmup epochs batch_questions pairs_per_question "
     "candidates pairs grad_clip gradient_checkpointing save_every eval_every eval_questions",
@@ -607,8 +608,7 @@ def progress(steps: Iterable, desc: str, total: int, done: int = 0) -> tqdm:
 def load_splits(config: Config) -> rankc.Splits:
     """The questions of "train", "validation" and "test", but for what is empty.
 
-    Validation takes the questions after those of the test, so that it changes neither other part.
-    Raises InputError.
+    Validation takes questions after the test's, so it changes neither part. Raises InputError.
     """
     questions, kind = data.load(config.data, config.langs, print0), config.data.partition(":")[0]
     number, subjects = config.train_questions, (config.train_subjects, config.test_subjects)
@@ -959,9 +959,6 @@ def save_model(model: nn.Module, tokenizer: Any, out: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- the embedded model
-COVERAGE = {"en": 1.0, "fr": 0.75, "es": 0.75, "sw": 0.4}  # share of the facts that are taught
-
-
 def embedded_model(config: Config, known: bool) -> tuple[nn.Module, Any]:
     """A tiny Llama over whole words that has learnt real facts unevenly, and its tokenizer.
 
