@@ -355,7 +355,7 @@ def train(
     Begins at the newest checkpoint in `folder`, and saves the step after SIGTERM or Ctrl-C. Raises
     FloatingPointError for a step that is not finite, before it is taken.
     """
-    world, device = dist.get_world_size(), torch.device(config.device)
+    device = torch.device(config.device)
     model.train()  # for checkpointing; load_model has put dropout at zero
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -388,8 +388,7 @@ def train(
             norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or torch.inf)
             norm = norm.full_tensor() if config.shard else norm
             reduced = torch.cat([dco.send(torch.tensor(flags), device), results.flatten()])
-            if world > 1:
-                dist.all_reduce(reduced)  # a row is zero but on the process that fed it
+            dist.all_reduce(reduced)  # a row is zero but on the process that fed it
             reduced = torch.cat([norm.view(1).to(device), reduced]).cpu()  # the one wait for a GPU
             norm, terminated, interrupted = reduced[:3]
             results = reduced[3:].view(results.shape)
@@ -764,8 +763,7 @@ def score(
             logps = dco.completion_logps(model, [flat[t] for t in group], packed)
             if n < len(groups):
                 table[dco.send(torch.tensor(group), device), : logps.shape[1]] = logps
-    if world > 1:
-        dist.all_reduce(table)  # a row is zero but on the process that scored it
+    dist.all_reduce(table)  # a row is zero but on the process that scored it
     table = table.cpu().masked_fill(missing, 0.0)
     if where := (~table.isfinite()).view(len(trees), -1).any(-1).nonzero()[:, 0].tolist():
         names = ", ".join(repr(ids[q] if ids else q) for q in where[:5])
@@ -863,9 +861,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, scheduler: A
         return {}
     path = folder / f"step-{steps[-1]}"
     for weight in optimizer.param_groups[0]["params"]:
-        step = torch.tensor(float(steps[-1]), device=weight.device)
         optimizer.state[weight] = {kind: torch.zeros_like(weight) for kind in MOMENTS}
-        optimizer.state[weight]["step"] = step
+        optimizer.state[weight]["step"] = torch.tensor(float(steps[-1]), device=weight.device)
     try:
         state = json.loads((path / "state.json").read_text())
         found = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
