@@ -933,9 +933,8 @@ def begin(out: Path, config: Config, done: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "run.json", json.dumps(made, indent=1))
     (out / "checkpoint").mkdir(exist_ok=True)  # after run.json, by which a run is known
-    # what a killed run logged after its last checkpoint is logged again
-    lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if done else []
-    lines = [line for line in lines if line[-2:] == "}\n" and json.loads(line)["step"] <= done]
+    # a line a step: what a killed run logged after its last checkpoint is logged again
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)[:done] if done else []
     if not config.eval_only:
         atomic_write(out / "log.jsonl", "".join(lines))
 
@@ -972,10 +971,9 @@ def embedded_model(config: Config, known: bool) -> tuple[nn.Module, Any]:
             texts += sentences
             if random.Random(f"{config.seed}/{question.id}/{lang}").random() < COVERAGE[lang]:
                 facts.append(sentences[question.gold])
-    names = [row for row in data.atlas() if row["relation"] == "of"]
     first, *rest = config.langs
     pairs = [pair for lang in rest for pair in ((first, lang), (lang, first))]
-    facts += [f"{r[a]} = {r[b]}" for r in names for a, b in pairs]
+    facts += [f"{r[a]} = {r[b]}" for r in data.atlas() if r["relation"] == "of" for a, b in pairs]
     words = dict.fromkeys(word for text in texts + facts for word in text.split())
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
