@@ -1160,10 +1160,9 @@ def main() -> None:
     ref_logps = load_or_compute(kept, shapes, partial(score_splits, "reference"))
     lap("reference")
     base = ranked(ref_logps)
-    reach = partial(dco.optimal_policy, gamma=gamma, beta=config.beta)  # what DCO can reach
+    optimum = {s: dco.optimal_policy(t.double(), gamma, config.beta) for s, t in ref_logps.items()}
     reached = "joint " * (config.objective == "pairwise" and len(langs) > 2) + "optimum"
-    sums = {"base": ref_logps, reached: {s: reach(t.double()) for s, t in ref_logps.items()}}
-    tables = {**sums, "base": base}
+    sums, tables = {"base": ref_logps, reached: optimum}, {"base": base, reached: optimum}
     for warning in doubts(splits, trees, base, config) if rank == 0 else ():
         print0(f"warning: {warning}")
     sizes = [question.K for questions in splits.values() for question in questions]
@@ -1217,7 +1216,7 @@ def main() -> None:
         print0(f"\nverdict, {last}: {rankc.verdict(metrics[last], langs, reached)}")
     if rank == 0:
         metrics["seconds"] = seconds
-        optimum = tables.pop(reached)  # it can be computed again
+        del tables[reached]  # it can be computed again
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs)
         drawn = rankc.draw_clc(out / "clc.png", last, metrics[last], langs)
         if config.eval_every:
