@@ -36,9 +36,8 @@ try:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save
     from torch import Tensor, nn
-    from torch.distributed import fsdp
+    from torch.distributed import fsdp, init_device_mesh
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.nn.utils.rnn import pad_sequence
     from tqdm import tqdm
 except ImportError as error:  # no environment, or an old one
