@@ -72,6 +72,9 @@ AT_LEAST |= dict.fromkeys(
 EXAMPLE = """example: python train.py --model DIR --data bmlama:DIR --langs en es \\
     --train_questions 1000 --test_questions 300 --out runs/en-es"""
 CONTINUE = "; the same command with --resume continues from the last checkpoint"
+# What transformers lets through of a damaged folder.
+UNREADABLE = OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError
+UNREADABLE += (SafetensorError,)
 
 
 def opt(default: Any, text: str) -> Any:
@@ -189,7 +192,7 @@ class Config(Output, Machine, Optimizer, Method, What):
 
 def is_gemma(name: str) -> bool:
     """Whether a model's config.json names it a Gemma; False where there is none to read."""
-    with suppress(Exception):  # load_model tells of a damaged one
+    with suppress(*UNREADABLE):  # load_model tells of a damaged one
         found, _ = transformers.PretrainedConfig.get_config_dict(name)
         return str(found.get("model_type", "")).startswith("gemma")
     return False
@@ -677,7 +680,7 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
             model, found = auto.from_pretrained(name, **how)
             if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
                 raise ValueError(f"{len(missing)} weights are not in it, {missing[0]} first")
-    except Exception as error:  # of many kinds, for transformers lets them through
+    except UNREADABLE as error:
         where = "" if Path(name).is_dir() else " (there is no such folder)"
         if "local_files_only" in remote:
             where = " (no such folder, and the hub is not reached)"
