@@ -402,3 +402,15 @@ def test_sigterm_to_torchrun_while_a_slow_save_is_under_way_leaves_a_whole_check
     train(world, tmp_path / "out", *more, "--resume")
     for name, value in weights(tmp_path / "calm").items():
         assert torch.equal(value, weights(tmp_path / "out")[name])
+
+
+def test_the_trace_of_a_sharded_model_counts_a_share_of_its_states_and_what_a_step_adds():
+    import train as program
+
+    model = bench.random_model("135M", "meta")
+    batch = dco.pack(test_scoring.some_trees(1, 64), model.config.hidden_size)
+    config = program.Config(model="m", device="cpu", shard=True, gradient_checkpointing=True)
+    states, forward, backward = bench.trace("135M", 2, config, batch)
+    half = 4 * sum(weight.numel() for weight in model.parameters()) / 2  # bytes of a process
+    assert states == pytest.approx(3 * half, rel=1e-3)  # weights and AdamW's two moments
+    assert states < forward < backward and backward > 4 * half  # gradients, too
