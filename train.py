@@ -787,7 +787,10 @@ def atomic_rename(part: Path, path: Path) -> None:
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file such that it is there whole, or as it was before."""
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:  # of a full disk, which does not name the file
+        raise OSError(f"{path}: {error}") from error
     atomic_rename(part, path)
 
 
