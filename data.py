@@ -7,18 +7,14 @@ same order, in each; "languages" may be any views of a question, such as paraphr
 
 import csv
 import hashlib
+import io
 import json
 import random
-import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
-from itertools import combinations, product
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 
 class InputError(ValueError):
@@ -55,30 +51,27 @@ def split(
 ) -> tuple[list[Question], list[Question]]:
     """The first `train` and the next `test` questions (None: all) in an order drawn by seed.
 
-    Where subjects are named (section 6.3), each part takes its own; where they are named for one
-    part only, the other takes the other subjects. Adding a language or a process changes neither
-    part, unless a loader drops questions for it (MMMLU's answer keys differ in a few): what stands
-    behind them moves up. Raises InputError for a subject that is not there or too few questions.
+    Where subjects are named (section 6.3), each part takes its own; named for one part alone, the
+    other takes the others. Raises InputError for an unknown subject and for too few questions.
     """
-    there, named = {q.subject for q in questions}, [set(train_subjects), set(test_subjects)]
-    if unknown := set.union(*named) - there:
-        some = ", ".join(sorted(there)[:60]) + ", ..." * (len(there) > 60)
-        raise InputError(f"there is no subject {min(unknown)!r}; there are {some}")
-    ours, theirs = named[0] or there - named[1], named[1] or there - named[0]
+    subjects = {question.subject for question in questions}
+    unknown = {*train_subjects, *test_subjects} - subjects
+    if unknown:
+        raise InputError(f"no subject {min(unknown)!r}; there are {', '.join(sorted(subjects))}")
+    to_train = set(train_subjects) or subjects - set(test_subjects) or subjects
+    to_test = set(test_subjects) or subjects - set(train_subjects) or subjects
+    # A question's place depends on the seed and its id alone, so that another language, or another
+    # machine, changes neither part.
     order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
-    pool = [q for q in order if q.subject in ours]
+    pool = [question for question in order if question.subject in to_train]
     chosen = pool[:train]
-    taken = {q.id for q in chosen}
-    rest = [q for q in order if q.subject in theirs and q.id not in taken]
-    held_out = rest[:test]
-    if (train or 0) > len(pool) or (test or 0) > len(rest) or min(train or 0, test or 0) < 0:
-        found = f"there are {len(pool)} to train on and then {len(rest)} others"
-        train, test = ("all" if number is None else number for number in (train, test))
-        raise InputError(f"{train} training and {test} held-out questions asked for, but {found}")
-    if missing := named[1] - {q.subject for q in held_out}:
-        why = "all are trained on, or --test_questions is too small"
-        raise InputError(f"no question of {min(missing)!r} is left to report on: {why}")
-    return chosen, held_out
+    taken = {question.id for question in chosen}
+    rest = [q for q in order if q.subject in to_test and q.id not in taken]
+    least = 1 if test is None else test  # without a held-out question there is nothing to report
+    if not (0 <= (train or 0) <= len(pool) and 0 <= least <= len(rest)):
+        asked = f"--train_questions {train} and --test_questions {test}"
+        raise InputError(f"{asked}: there are {len(pool)} to train on, then {len(rest)} others")
+    return chosen, rest[:test]
 
 
 def sample(question: Question, candidates: int, number: int, seed: int) -> list[int]:
@@ -95,14 +88,9 @@ class Tree(NamedTuple):
     branches: list[list[int]]
     prompt_len: int = 0  # ids at a branch's start that are still the prompt's, and score nothing
 
-    def tokens(self, packed: bool = True) -> int:
-        """How many tokens dco.completion_logps feeds for it."""
-        own = sum(len(branch) - 1 for branch in self.branches)
-        return own + len(self.prefix) * (1 if packed else len(self.branches))
-
-    def scored(self) -> list[int]:
-        """How many tokens of each answer are scored."""
-        return [len(branch) - self.prompt_len for branch in self.branches]
+    def tokens(self) -> int:
+        """How many tokens dco.completion_logps feeds for it: all but the last of each answer."""
+        return len(self.prefix) + sum(len(branch) - 1 for branch in self.branches)
 
 
 def encode(
@@ -110,82 +98,75 @@ def encode(
 ) -> list[list[Tree]]:
     """Trees, [question][language], split into prompt and answer as lm-evaluation-harness does.
 
-    Spaces that end the prompt go to the answer. encode(prompt + answer) is what is fed; what lies
-    beyond the length of encode(prompt) is scored, and never less than a token. Where answers change
-    how the prompt's end is tokenised, they share only their common beginning, and the score stays
-    exact. Raises InputError for a text longer than `context` tokens or without a token to predict
-    the answer from.
+    Raises InputError, naming the question, for a text longer than `context` tokens, an answer that
+    becomes no token, and a prompt without a token to predict the answer from.
     """
-    some = 256
-    if len(questions) > some:  # a tokenizer's own lists are ten times what is kept
-        parts = (questions[first : first + some] for first in range(0, len(questions), some))
-        return [row for part in parts for row in encode(tokenizer, part, langs, context)]
-    bos = [i for i in tokenizer("a")["input_ids"][:1] if i == tokenizer.bos_token_id]
-    texts, asked = [], []
-    for question, lang in product(questions, langs):
-        prompt = question.prompts[lang].rstrip()
-        spaces = question.prompts[lang][len(prompt) :]
-        answers = [spaces + answer for answer in question.answers[lang]]
-        blanks = sorted({"", *(answer[: -len(answer.lstrip())] for answer in answers)})
-        texts += [prompt + more for more in (*blanks, *answers)]
-        asked.append((f"question {question.id!r}, {lang!r}", len(blanks), len(answers)))
+    return [[encode_one(tokenizer, q, lang, context) for lang in langs] for q in questions]
+
+
+def encode_one(tokenizer: Any, question: Question, lang: str, context: int | None) -> Tree:
+    """The tree of a question in one language, by lm-evaluation-harness's rule.
+
+    Spaces that end the prompt go to the answer. What is fed is encode(prompt + answer), and what
+    lies beyond the length of encode(prompt) is scored, at least a token. Where answers change how
+    the prompt's end is tokenised, they share only their common beginning: the score stays exact.
+    """
+    prompt = question.prompts[lang].rstrip()
+    spaces = question.prompts[lang][len(prompt) :]
+    answers = [spaces + answer for answer in question.answers[lang]]
+    blanks = sorted({answer[: -len(answer.lstrip())] for answer in answers})
+    texts = [prompt + more for more in ("", *blanks, *answers)]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    # a chat template may have begun the prompt with BOS already
-    ids = (text if text[:1] == bos else bos + text for text in encoded)
-    trees = []
-    for where, blanks, K in asked:
-        empty = [next(ids) for _ in range(blanks)]  # the prompt, also with spaces after it
-        texts = [next(ids) for _ in range(K)]
-        if dropped := [k for k, text in enumerate(texts) if text in empty]:
-            lost = "has no token of its own: the tokenizer drops its characters"
-            raise InputError(f"{where}: answer {dropped[0]} {lost}")
-        if context and (longest := max(map(len, texts))) > context:
-            limit = f"the model's context is {context}; leave the question out"
-            raise InputError(f"{where}: {longest} tokens, but {limit}")
-        start = min(len(empty[0]), *(len(text) - 1 for text in texts))
-        shared = next((i for i in range(start) if len({text[i] for text in texts}) > 1), start)
-        if not shared:
-            raise InputError(f"{where}: no token stands before the answers; make the prompt longer")
-        branches = [text[shared:] for text in texts]
-        trees.append(Tree(texts[0][:shared], branches, start - shared))
-    return [trees[q : q + len(langs)] for q in range(0, len(trees), len(langs))]
+    # A text begins with BOS where the tokenizer has it so (Qwen has none), and with one alone where
+    # a chat template has put it before the prompt already.
+    bos = [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
+    encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
+    empty, answered = encoded[: 1 + len(blanks)], encoded[1 + len(blanks) :]
 
-
-def batches(trees: list[Tree], max_tokens: int, packed: bool = True) -> list[list[int]]:
-    """Indices of trees, longest first, in groups that feed at most `max_tokens` or are one tree."""
-    groups, room = [], 0
-    for i in sorted(range(len(trees)), key=lambda i: -trees[i].tokens(packed)):
-        if (size := trees[i].tokens(packed)) > room:
-            groups.append([])
-            room = max_tokens
-        groups[-1].append(i)
-        room -= size
-    return groups
+    where = f"question {question.id!r}, {lang!r}"
+    for k, ids in enumerate(answered):
+        if ids in empty:
+            raise InputError(f"{where}: answer {k} has no token: the tokenizer drops its text")
+    longest = max(len(ids) for ids in answered)
+    if context and longest > context:
+        raise InputError(f"{where}: {longest} tokens, but the model's context is {context}")
+    # What is scored begins here, in all answers: a token earlier where one merges with the prompt.
+    start = min(len(empty[0]), *(len(ids) - 1 for ids in answered))
+    shared = 0
+    while shared < start and len({ids[shared] for ids in answered}) == 1:
+        shared += 1
+    if shared == 0:
+        raise InputError(f"{where}: no token stands before the answers; make the prompt longer")
+    return Tree(answered[0][:shared], [ids[shared:] for ids in answered], start - shared)
 
 
 # ------------------------------------------------------------------------------------------ loaders
-Loaded = Iterator[tuple[str, Question]]  # where it stands, for messages, and the question
+Questions = Iterator[tuple[str, Question]]  # where it stands, for messages, and the question
+Rows = Iterator[tuple[str, list[str]]]  # the same of a file's row
+# App. H, Table 4; atlas is ours.
+TRAIN_QUESTIONS = {"atlas": 435, "bmlama": 5000, "mmmlu": 5000, "xcsqa": 800}
 
 
 def load(spec: str, langs: list[str], print0: Callable[[str], None] = print) -> list[Question]:
     """The questions of `spec` in these languages: atlas, or bmlama, mmmlu, xcsqa or jsonl:PATH.
 
-    What a rule of the format drops is counted and printed. Raises InputError on anything that
-    cannot be a question in every language: nothing is dropped, cut or guessed in silence.
+    What a rule of the format drops is counted and printed. Raises InputError on anything else that
+    is no question in every language.
     """
+    loaders = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu}
+    loaders |= {"xcsqa": load_xcsqa, "jsonl": load_jsonl}
     kind, _, place = spec.partition(":")
-    place = str(Path(place).expanduser()) if place else ""  # the shell leaves jsonl:~/x as it is
-    if kind not in LOADERS or (kind != "atlas" and not place):
-        raise InputError(f"--data {spec}: wanted is one of {', '.join(LOADERS)}, as in bmlama:DIR")
+    if kind not in loaders or (kind != "atlas" and not place):
+        raise InputError(f"--data {spec}: expected one of {', '.join(loaders)}, as in bmlama:DIR")
     if not langs or len(set(langs)) < len(langs):
         raise InputError(f"--langs {' '.join(langs)}: name each language once, and at least one")
-    questions = []
-    try:
-        for where, question in LOADERS[kind](place, list(langs), print0):
-            check(question, langs, where)
-            questions.append(question)
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise InputError(f"{error.filename or spec}: {error.strerror}") from error
+    questions, ids = [], set()
+    for where, question in loaders[kind](Path(place).expanduser(), langs, print0):
+        check(question, langs, where)
+        if question.id in ids:
+            raise InputError(f"{where}: the id {question.id!r} comes twice")
+        ids.add(question.id)
+        questions.append(question)
     if not questions:
         raise InputError(f"--data {spec}: no questions in it")
     return questions
@@ -193,171 +174,137 @@ def load(spec: str, langs: list[str], print0: Callable[[str], None] = print) -> 
 
 def check(question: Question, langs: list[str], where: str) -> None:
     """Raise InputError, naming `where` and the question, unless it is whole in every language."""
-    wrong, K = [], {lang: len(question.answers[lang]) for lang in langs}
-    for lang in langs:
-        texts = [question.prompts[lang], *question.answers[lang]]
-        if re.search("[\0\ud800-\udfff]", "".join([question.id, question.subject, *texts])):
-            wrong += [f"its text in {lang!r} holds NUL or half a surrogate pair: a damaged file"]
-        names = ["the prompt", *(f"answer {k}" for k in range(K[lang]))]
-        wrong += [f"{x} in {lang!r} is empty" for x, text in zip(names, texts) if not text.strip()]
-    if len(set(K.values())) > 1:
-        wrong += [f"answers are parallel, yet their number differs: {K}"]
-    if question.K < 2:
-        wrong += [f"{question.K} answer; ranking needs two or more"]
-    if question.gold is not None and not 0 <= question.gold < question.K:
-        wrong += [f"gold {question.gold} is none of the answers 0 to {question.K - 1}"]
-    if wrong:
-        raise InputError(f"{where}: question {question.id!r}: {wrong[0]}")
+    counts = {lang: len(question.answers[lang]) for lang in langs}
+    texts = [text for lang in langs for text in (question.prompts[lang], *question.answers[lang])]
+    if len(set(counts.values())) > 1 or question.K < 2:
+        wrong = f"answers must be parallel, two or more; there are {counts}"
+    elif question.gold is not None and not 0 <= question.gold < question.K:
+        wrong = f"gold {question.gold} is none of the answers 0 to {question.K - 1}"
+    elif not all(isinstance(text, str) and text.strip() for text in texts):
+        wrong = "a prompt or an answer is empty, or no text"
+    else:
+        return
+    raise InputError(f"{where}: question {question.id!r}: {wrong}")
 
 
-def doubts(questions: list[Question], langs: list[str]) -> Iterator[str]:
-    """What of questions that are whole would make a number mislead; no reason to stop."""
-    equal = "offer two equal answers: no ranking tells them apart"
-    permuted = "have the same answers in another order in another language; are they parallel?"
-    spaced = "have a space at the prompt's end and another before an answer"
-    counts = Counter()
-    for question in questions:
-        answers = [question.answers[lang] for lang in langs]
-        pairs = combinations(answers, 2)
-        spaces = [question.answers[x] for x in langs if question.prompts[x][-1:].isspace()]
-        counts[equal] += any(len(set(each)) < len(each) for each in answers)
-        counts[permuted] += any(a != b and sorted(a) == sorted(b) for a, b in pairs)
-        counts[spaced] += any(text[0].isspace() for each in spaces for text in each)
-    for what, number in counts.items():
-        if number:
-            yield f"{number} of {len(questions)} questions {what}"
-    for a, b in combinations(langs, 2):
-        if all((q.prompts[a], q.answers[a]) == (q.prompts[b], q.answers[b]) for q in questions):
-            yield f"{a} and {b} are the same texts: their CLC is 100 whatever the model"
-
-
-@contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a UTF-8 file, byte-order mark or not; raises InputError if it is something else."""
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark, line ends as they are."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        beside = sorted(other.name for other in path.parent.glob(f"*{path.suffix}"))
+        raise InputError(
+            f"{path}: not a readable UTF-8 file ({error}); beside it: {beside}"
+        ) from error
 
 
-def csv_rows(
-    path: Path, names: list[str], skip: int = 0, delimiter: str = ","
-) -> Iterator[tuple[str, list[str]]]:
-    """Each row of a CSV file after the first `skip` and where it begins; a field for each name."""
-    with open_text(path) as file:
-        reader, line = csv.reader(file, delimiter=delimiter, strict=True), 1
-        try:
-            for number, row in enumerate(reader):
-                where, line = f"{path}, line {line}", reader.line_num + 1
-                if number >= skip and len(row) != len(names):
-                    wanted = f"{len(names)}: {', '.join(names)}"
-                    raise InputError(f"{where}: {len(row)} fields, not {wanted}")
-                if number >= skip:
-                    yield where, row
-        except csv.Error as error:
-            raise InputError(f"{path}, line {line}: {error}") from error
+def csv_rows(path: Path, columns: int, delimiter: str, header: bool) -> Rows:
+    """Each row of a file, of so many columns, and where it begins: a row may take several lines.
+
+    What a header says is not looked at: that of BMLAMA-17's zh.tsv has a stray tab.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        for number, row in enumerate(reader):
+            where = f"{path}, line {line}"
+            line = reader.line_num + 1
+            if number == 0 and header:
+                continue
+            if len(row) != columns:
+                raise InputError(f"{where}: {len(row)} fields, not {columns}: {row}")
+            yield where, row
+    except csv.Error as error:
+        raise InputError(f"{path}, line {line}: {error}") from error
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line of a JSON Lines file, and where it stands."""
-
-    def fields_once(pairs):  # json takes the last of two
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"field {max(names, key=names.count)!r} comes twice")
-        return dict(pairs)
-
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield f"{path}, line {number}", json.loads(line, object_pairs_hook=fields_once)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
+        try:
+            yield f"{path}, line {number}", json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
 
 
-def file_for(place: str, lang: str, files: dict[str, Any], file: str) -> Any:
-    """The one of a data set's files that is for a language; `file` is how it would be called."""
-    if lang in files:
-        return files[lang]
-    if Path(place).is_file():
-        raise InputError(f"{place} is a file; give the folder that it is in: {Path(place).parent}")
-    if not Path(place).is_dir():
-        fetch = "hf download NAME --repo-type dataset --local-dir DIR"
-        raise InputError(f"{place}: no such folder; one of the hub comes by: {fetch}")
-    there = ", ".join(sorted(files)) or "none"
-    raise InputError(f"{place} has no language {lang!r} ({file}); it has {there}")
+def field(where: str, line: Any, name: str, kind: Any, default: Any = None) -> Any:
+    """What a JSON object has under a name. Raises InputError unless it is there, of this type."""
+    value = line.get(name, default) if isinstance(line, dict) else default
+    if not isinstance(value, kind) or isinstance(value, bool):  # to Python, True is an int
+        raise InputError(f"{where}: {name!r} is missing or of another type")
+    return value
 
 
 def atlas() -> list[dict[str, str]]:
     """The rows of atlas.tsv: relation, country, and the words in each language."""
-    with open_text(Path(__file__).with_name("atlas.tsv")) as file:
-        return list(csv.DictReader(file, delimiter="\t"))
+    text = read_text(Path(__file__).with_name("atlas.tsv"))
+    return list(csv.DictReader(io.StringIO(text), delimiter="\t"))
 
 
-def load_atlas(place: str, langs: list[str], print0: Callable) -> Loaded:
+def load_atlas(place: Path, langs: list[str], print0: Callable) -> Questions:
     """The embedded facts: 193 countries, five relations, en fr es sw, six candidates each."""
     rows = atlas()
-    if absent := [lang for lang in langs if lang not in list(rows[0])[2:]]:
-        raise InputError(f"atlas has no language {absent[0]!r}; it has {', '.join([*rows[0]][2:])}")
-    of = {row["country"]: row for row in rows if row["relation"] == "of"}  # the country's name
-    for template in (row for row in rows if row["relation"] == "template"):
-        relation = template["country"]
-        facts = {row["country"]: row for row in rows if row["relation"] == relation}
+    unknown = set(langs) - {"en", "fr", "es", "sw"}
+    if unknown:
+        raise InputError(f"atlas has no language {min(unknown)!r}; it has en, fr, es, sw")
+    relations = {}  # {relation: {country: row}}
+    for row in rows:
+        relations.setdefault(row["relation"], {})[row["country"]] = row
+    names = relations.pop("of")  # the countries' own
+    templates = relations.pop("template")  # a sentence a relation, {} for the country
+    for relation, template in templates.items():
+        facts = relations[relation]
         values = list({row["en"]: row for row in facts.values()}.values())  # each answer once
         for country, fact in facts.items():
             id = f"{relation}-{country}"
             rng = random.Random(id)
-            chosen = [fact, *rng.sample([row for row in values if row["en"] != fact["en"]], 5)]
-            rng.shuffle(chosen)
-            prompts = {lang: template[lang].replace("{}", of[country][lang]) for lang in langs}
-            answers = {lang: tuple(" " + row[lang] for row in chosen) for lang in langs}
-            question = Question(id, relation, chosen.index(fact), prompts, answers)
-            yield f"atlas.tsv, {country}", question
+            candidates = [fact, *rng.sample([row for row in values if row["en"] != fact["en"]], 5)]
+            rng.shuffle(candidates)
+            prompts, answers = {}, {}
+            for lang in langs:
+                prompts[lang] = template[lang].replace("{}", names[country][lang])
+                answers[lang] = tuple(" " + row[lang] for row in candidates)
+            gold = candidates.index(fact)
+            yield f"atlas.tsv, {country}", Question(id, relation, gold, prompts, answers)
 
 
-def load_bmlama(place: str, langs: list[str], print0: Callable) -> Loaded:
-    """BMLAMA-17 and -53: LANG.tsv; sentence, answer, candidates, subject; line n is parallel.
+def load_bmlama(place: Path, langs: list[str], print0: Callable) -> Questions:
+    """BMLAMA-17: LANG.tsv; sentence, answer, candidates, subject; row n is parallel.
 
     The prompt is the sentence up to its mask. An answer is a candidate and what follows the mask,
     if that has a letter: a bare full stop is left out, as in the paper's prefixes and words. The id
-    is the line. Candidates are parallel by position, also where translations repeat.
+    is the row, from 2. Candidates are parallel by position, also where translations repeat.
     """
-    tables, first = {}, langs[0]
-    files = {path.stem: path for path in Path(place).glob("*.tsv")}
-    for lang in langs:
-        path = file_for(place, lang, files, f"{lang}.tsv")
-        with open_text(path) as file:
-            if "<mask>" in file.readline():
-                raise InputError(f"{path}, line 1: a question stands where the header should")
-        fields = ["sentence", "answer", "candidates", "subject"]  # header of zh.tsv: a stray tab
-        tables[lang] = list(csv_rows(path, fields, skip=1, delimiter="\t"))
-        if (n := len(tables[lang])) != (there := len(tables[first])):
-            raise InputError(f"{path}: {n} rows, but {first}.tsv has {there}; line n must be one")
-    opening = 0
-    for line, aligned in enumerate(zip(*tables.values()), 2):
-        prompts, answers, golds = {}, {}, []
-        for lang, (where, (sentence, gold, names, _)) in zip(langs, aligned):
-            if (times := sentence.count("<mask>")) != 1:
-                raise InputError(f"{where}: {times} times <mask> in {sentence!r}, not once")
-            if gold not in (each := names.split(", ")):
-                raise InputError(f"{where}: the answer {gold!r} is none of {names!r}")
+    files = [list(csv_rows(place / f"{lang}.tsv", 4, "\t", header=True)) for lang in langs]
+    sizes = [len(rows) for rows in files]
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"{place}: row n must be one question in all, but {langs} have {sizes} rows"
+        )
+    dropped = 0
+    for line, rows in enumerate(zip(*files, strict=True), start=2):
+        prompts, answers = {}, {}
+        gold = set(range(len(rows[0][1][2].split(", "))))  # by all languages so far
+        for lang, (where, (sentence, answer, candidates, _)) in zip(langs, rows, strict=True):
+            names = candidates.split(", ")
+            if sentence.count("<mask>") != 1 or answer not in names:
+                wanted = "a sentence with one <mask>, then one of the candidates, then these"
+                raise InputError(f"{where}: not {wanted}: {sentence!r}, {answer!r}, {candidates!r}")
             prompts[lang], after = sentence.split("<mask>")
-            after = after if any(map(str.isalnum, after)) else ""
-            answers[lang] = tuple(name + after if name.strip() else "" for name in each)
-            golds.append({k for k, name in enumerate(each) if name == gold})
+            if not any(character.isalnum() for character in after):
+                after = ""
+            # An empty candidate stays empty, for `check` to see.
+            answers[lang] = tuple(name + after if name.strip() else "" for name in names)
+            gold = {k for k in gold if names[k : k + 1] == [answer]}  # translations may repeat
+            if not gold:
+                raise InputError(f"{where}: the answer is another candidate than in {langs[0]}")
         if not all(prompt.strip() for prompt in prompts.values()):
-            opening += 1
+            dropped += 1  # nothing stands before the mask to predict an answer from
             continue
-        same = set.intersection(*golds)
-        if not same and len({len(a) for a in answers.values()}) == 1:
-            others = (at for (at, _), indices in zip(aligned, golds) if not indices & golds[0])
-            why = f"the answer is another candidate than in {first}: they are not parallel"
-            raise InputError(f"{next(others, where)}: {why}")
-        subject = aligned[0][1][3]  # in the first language
-        yield where, Question(str(line), subject, min(same, default=None), prompts, answers)
-    if opening:
-        print0(f"{place}: dropped {opening} questions in all languages: <mask> opens the sentence")
+        yield where, Question(str(line), rows[0][1][3], min(gold), prompts, answers)
+    if dropped:
+        print0(f"{place}: dropped {dropped} questions in all languages: <mask> opens the sentence")
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -371,179 +318,126 @@ class Row(NamedTuple):
     subject: str
     question: str
     options: list[str]
-    key: str  # the letter of the right option; empty where the file does not tell
+    key: str  # the letter of the right option
 
 
-def align(place: str, rows: dict[str, list[Row]], print0: Callable, most: float) -> Loaded:
-    """Join the languages' rows on their ids, with lm-evaluation-harness's prompt; answers: letters.
+def align(place: Path, rows: dict[str, list[Row]], print0: Callable) -> Questions:
+    """Join the languages' rows on their ids, under lm-evaluation-harness's prompt.
 
-    Questions that are not in every language, or whose key is not the same in all, are dropped and
-    counted; gold is None where a language has no key. Raises InputError where keys differ in more
-    than the share `most` of the others: then letters are no parallel answers.
+    Questions that are not in every language, or whose keys differ, are dropped and counted. Raises
+    InputError where more than a tenth of the keys differ: then options stand in another order, and
+    letters are not parallel. (MMMLU's differ in a few of a thousand, X-CSQA's in most.)
     """
-    joined = {}  # {id: {language: row}}
+    joined = {}  # {id: {lang: row}}
     for lang in rows:
         for row in rows[lang]:
-            if (twin := joined.setdefault(row.id, {}).setdefault(lang, row)) is not row:
+            if row.key not in list(LETTERS[: len(row.options)]) or not row.question.strip():
+                raise InputError(f"{row.where}: no question with {row.key!r} among its answers")
+            twin = joined.setdefault(row.id, {}).setdefault(lang, row)
+            if twin is not row:
                 raise InputError(f"{row.where}: question {row.id!r} stands at {twin.where} already")
-    shared = {i: found for i, found in joined.items() if len(found) == len(rows)}
-    keys = {i: {row.key for row in found.values()} for i, found in shared.items()}
-    known = [i for i in shared if "" not in keys[i]]
-    conflicting = [i for i in known if len(keys[i]) > 1]
-    if len(conflicting) > most * len(known):
-        example, found = conflicting[0], shared[conflicting[0]]
-        letters = "; ".join(f"{lang} {row.key} ({row.where})" for lang, row in found.items())
-        count = f"the right letter of {len(conflicting)} of {len(known)} questions differs between"
-        why = "Options or rows stand in another order; give an aligned copy"
-        raise InputError(f"{place}: {count} languages, as of {example!r}: {letters}. {why}")
-    keyless = len(shared) - len(known)
-    for number, what in (
-        (len(joined) - len(shared), "dropped {} questions that are not in every language"),
-        (keyless, "{} questions lack an answer key: they count for consistency alone, if parallel"),
-        (len(conflicting), "dropped {} questions in all languages: their answer keys differ"),
-    ):
-        if number:
-            print0(f"{place}: {what.format(number)}")
-    for i in conflicting:
-        del shared[i]
-    for i, found in shared.items():
+    shared = [by_lang for by_lang in joined.values() if len(by_lang) == len(rows)]
+    aligned, differing = [], []
+    for by_lang in shared:
+        same = len({row.key for row in by_lang.values()}) == 1
+        (aligned if same else differing).append(by_lang)
+    if len(differing) > len(shared) / 10:
+        letters = {row.where: row.key for row in differing[0].values()}
+        raise InputError(
+            f"{place}: the right letter of {len(differing)} of {len(shared)} questions differs "
+            f"between languages, as {letters}: options or rows stand in another order"
+        )
+    if len(aligned) < len(joined):
+        why = f"{len(joined) - len(shared)} not in every language, {len(differing)} of other keys"
+        print0(f"{place}: dropped {len(joined) - len(aligned)} questions in all languages: {why}")
+    for by_lang in aligned:
         prompts, answers = {}, {}
-        for lang, row in found.items():
-            if not row.question.strip():
-                raise InputError(f"{row.where}: the question {i!r} is empty")
-            lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, row.options)]
-            prompts[lang] = "\n".join([row.question.strip(), *lettered, "Answer:"])
-            answers[lang] = tuple(f" {letter}" for letter in LETTERS[: len(row.options)])
-        gold = None if "" in keys[i] else LETTERS.index(*keys[i])
-        yield row.where, Question(i, row.subject, gold, prompts, answers)
+        for lang, row in by_lang.items():
+            letters = LETTERS[: len(row.options)]
+            options = [f"{letter}. {text}" for letter, text in zip(letters, row.options)]
+            prompts[lang] = "\n".join([row.question.strip(), *options, "Answer:"])
+            answers[lang] = tuple(f" {letter}" for letter in letters)
+        gold = LETTERS.index(row.key)
+        yield row.where, Question(row.id, row.subject, gold, prompts, answers)
 
 
-def load_mmmlu(place: str, langs: list[str], print0: Callable) -> Loaded:
-    """MMMLU, `[test/]mmlu_XX-YY.csv`, and MMLU as first published, in English or translated.
+def load_mmmlu(place: Path, langs: list[str], print0: Callable) -> Questions:
+    """MMMLU, [test/]mmlu_XX-YY.csv, and, for English, MMLU as first published, <subject>_test.csv.
 
-    The latter is `<subject>_test[_<lang>].csv`, a file a subject, without header. A plain code
-    stands for its locale. Row n of a subject is the same question in every language.
+    Translations of MMLU as <subject>_test_<lang>.csv do as well. A plain code stands for its
+    locale. Row n of a subject is the same question in every language.
     """
-    files, rows, sizes, taken = {}, {}, {}, {}  # files: [language or locale][source]
-    for root in ("", "test", "data/test"):
-        for path in sorted(Path(place, root).glob("*.csv")):
-            if name := re.fullmatch(r"mmlu_([A-Za-z]+-[A-Za-z]+)\.csv", path.name):
-                locale, subject, source = name[1].lower(), "", path
-            elif name := re.fullmatch(r"(.+?)_test(?:_([\w-]+))?\.csv", path.name):
-                subject, locale = name[1], (name[2] or "en").lower()
-                source = path.with_name(path.name.replace(subject, "<subject>", 1))
-            else:
-                continue
-            for code in {locale, locale.partition("-")[0]}:
-                files.setdefault(code, {}).setdefault(source, []).append((path, subject))
+    rows = {lang: [] for lang in langs}
     for lang in langs:
-        name = "<subject>_test.csv of MMLU" if lang == "en" else f"mmlu_{lang}-XX.csv"
-        sources = file_for(place, lang.lower(), files, name)
-        source, *others = sources
-        if others:
-            paths = " and ".join(map(str, sources))
-            raise InputError(f"{place} has {lang!r} more than once: {paths}; name or keep one")
-        if (twin := taken.setdefault(source, lang)) != lang:
-            raise InputError(f"--langs: {twin} and {lang} are both {source}")
-        rows[lang] = [row for part in sources[source] for row in mmlu_rows(*part)]
-        for subject, n in Counter(row.subject for row in rows[lang]).items():
-            if n != (there := sizes.setdefault(subject, (n, lang)))[0]:
-                counts = f"{subject} has {n} rows in {lang}, {there[0]} in {there[1]}"
-                raise InputError(f"{place}: {counts}; row n must be one question")
-    yield from align(place, rows, print0, most=0.5)  # of unrelated rows three in four differ
+        ending = "_test.csv" if lang == "en" else f"_test_{lang}.csv"
+        published, originals = [], []
+        for folder in (place, place / "test", place / "data" / "test"):
+            for name in (f"mmlu_{lang.upper()}.csv", f"mmlu_{lang.upper()}-*.csv"):
+                published += folder.glob(name)
+            originals += sorted(folder.glob(f"*{ending}"))
+        if len(published) + bool(originals) != 1:
+            there = [path.name for path in (*published, *originals)]
+            wanted = f"one mmlu_{lang.upper()}-XX.csv, or *{ending}"
+            raise InputError(f"{place}, {lang!r}: expected {wanted}; there are {there}")
+        for path in published:
+            for where, (n, question, *options, key, subject) in csv_rows(path, 8, ",", header=True):
+                row = Row(where, f"{subject}/{n}", subject, question, options, key.strip())
+                rows[lang].append(row)
+        for path in originals:
+            subject = path.name.removesuffix(ending)
+            for n, (where, fields) in enumerate(csv_rows(path, 6, ",", header=False)):
+                question, *options, key = fields
+                row = Row(where, f"{subject}/{n}", subject, question, options, key.strip())
+                rows[lang].append(row)
+    sizes = [Counter(row.subject for row in rows[lang]) for lang in langs]
+    for subject in set.intersection(*(set(size) for size in sizes)):
+        if (
+            len({size[subject] for size in sizes}) > 1
+        ):  # else a missing row would shift all after it
+            numbers = [size[subject] for size in sizes]
+            raise InputError(f"{place}: {subject} has {numbers} rows in {langs}: not parallel")
+    yield from align(place, rows, print0)
 
 
-def mmlu_rows(path: Path, subject: str) -> Iterator[Row]:
-    """The rows of a file of either layout, whose ids are subject/row."""
-    letters = ["A", "B", "C", "D"]
-    if subject:
-        rows = enumerate(csv_rows(path, ["question", *letters, "letter of the answer"]))
-        numbered = [(where, str(n), *row, subject) for n, (where, row) in rows]
-    else:
-        names = ["row of the subject", "Question", *letters, "Answer", "Subject"]
-        numbered = [(where, *row) for where, row in csv_rows(path, names)]
-        if not numbered or list(numbered.pop(0)[2:]) != names[1:]:
-            raise InputError(f"{path}, line 1: the header is not {', '.join(names)}")
-    for where, n, question, *options, key, subject in numbered:
-        if not n.isdigit() or key.strip() not in letters:
-            wanted = "wanted are a number and one of A, B, C, D"
-            raise InputError(f"{where}: row {n!r} with answer {key!r}: {wanted}")
-        yield Row(where, f"{subject}/{n}", subject, question, options, key.strip())
+def load_xcsqa(place: Path, langs: list[str], print0: Callable) -> Questions:
+    """X-CSQA, [X-CSQA/]<lang>/dev.jsonl, joined on id. (test.jsonl has no keys to align by.)
 
+    The published files permute the options of each language, which `align` refuses. An aligned copy
+    comes as jsonl:FILE, under the prompt that `align` writes, with the settings of Apps. G and H,
+    `--train_questions 800 --pairs_per_question 7` and for Gemma `--lr 1e-6`:
 
-def load_xcsqa(place: str, langs: list[str], print0: Callable) -> Loaded:
-    """X-CSQA, `[X-CSQA/]<lang>/dev.jsonl`, joined on id; without any, the keyless `test.jsonl`.
-
-    The published files permute the options of each language, which is refused (see `align`).
+        {"id": "d91", "gold": 1, "prompts": {"en": "Where is it?\\nA. lake\\n ... \\nAnswer:", ...},
+         "answers": {"en": [" A", " B", " C", " D", " E"], ...}}
     """
-    files, rows = {"dev": {}, "test": {}}, {}
-    for root, part in product(("", "X-CSQA", "X-CSR_datasets/X-CSQA"), files):
-        for path in Path(place, root).glob(f"*/{part}.jsonl"):
-            lang = "ja" if path.parent.name == "jap" else path.parent.name
-            if (twin := files[part].setdefault(lang, path)) != path:
-                raise InputError(f"{place} has {lang!r} twice: {twin} and {path}; keep one")
-    part = "dev" if files["dev"].keys() & set(langs) else "test"
+    rows = {lang: [] for lang in langs}
     for lang in langs:
-        path = file_for(place, lang, files[part], f"X-CSQA/{lang}/dev.jsonl")
-        rows[lang] = list(xcsqa_rows(path))
-    yield from align(place, rows, print0, most=0.01)
+        folder = "jap" if lang == "ja" else lang  # as it is called on disk
+        roots = [place, place / "X-CSQA", place / "X-CSR_datasets" / "X-CSQA"]
+        files = [root / folder / "dev.jsonl" for root in roots]
+        files = [path for path in files if path.is_file()]
+        if not files:
+            raise InputError(f"{place}: no {folder}/dev.jsonl in it, nor in X-CSQA/")
+        for where, line in json_lines(files[0]):
+            question = field(where, line, "question", dict)
+            choices = field(where, question, "choices", list)
+            labels = [field(where, choice, "label", str) for choice in choices]
+            options = [field(where, choice, "text", str) for choice in choices]
+            if labels != list(LETTERS[: len(labels)]):
+                raise InputError(f"{where}: the choices are {labels}, not A, B and so on")
+            id, stem = field(where, line, "id", str), field(where, question, "stem", str)
+            key = field(where, line, "answerKey", str)
+            rows[lang].append(Row(where, id, "", stem, options, key))
+    yield from align(place, rows, print0)
 
 
-def xcsqa_rows(path: Path) -> Iterator[Row]:
-    """The rows of a dev.jsonl or test.jsonl."""
-    for where, line in json_lines(path):
-        try:
-            id, question, key = line["id"], line["question"], line.get("answerKey")
-            key = "" if key is None else key
-            labels, options = zip(*((c["label"], c["text"]) for c in question["choices"]))
-            row = Row(where, id, "", question["stem"], list(options), key)
-            "".join([id, row.question, key, *labels, *options])  # all are strings
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            form = "id, question with stem and choices with label and text, answerKey: all strings"
-            raise InputError(f"{where}: not a question of X-CSQA ({error!r}): {form}") from error
-        if labels != tuple(LETTERS[: len(labels)]) or key and key not in labels:
-            given = f"choices {', '.join(labels)} with answer {key!r}"
-            raise InputError(f"{where}: question {id!r}: {given}, not A, B, ... and one of them")
-        yield row
-
-
-def load_jsonl(place: str, langs: list[str], print0: Callable) -> Loaded:
+def load_jsonl(place: Path, langs: list[str], print0: Callable) -> Questions:
     """A user's own: a question a line, the fields of Question; subject and gold may be missing."""
-    lines, unread, run_together = {}, Counter(), 0
-    wanted = {"id": str | int, "subject": str, "gold": int | None, "prompts": dict, "answers": dict}
-    for number, (where, fields) in enumerate(json_lines(Path(place)), 1):
-        given = {"subject": "", "gold": None, **fields} if isinstance(fields, dict) else {}
-        unread.update(given.keys() - wanted.keys())
-        for name, kind in wanted.items():
-            value = given.get(name, False)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                wrong = f"field {name!r} is missing or of another type"
-                wrong += " (a JSON array; wanted is an object a line)" * isinstance(fields, list)
-                raise InputError(f"{where}: {wrong}; the README shows a line")
-        id, prompts, answers = str(given["id"]), given["prompts"], given["answers"]
+    for where, line in json_lines(place):
+        id = str(field(where, line, "id", str | int))
+        subject = field(where, line, "subject", str, default="")
+        gold = field(where, line, "gold", int | None)
+        prompts, answers = {}, {}
         for lang in langs:
-            if lang not in prompts or lang not in answers:
-                nothing = f"question {id!r} has nothing in language {lang!r}"
-                raise InputError(f"{where}: {nothing}; it has {', '.join(prompts) or 'none'}")
-            texts = answers[lang] if isinstance(answers[lang], list) else [None]
-            if not all(isinstance(text, str) for text in (prompts[lang], *texts)):
-                wrong = f"in {lang!r}, prompts must hold a string, answers a list of strings"
-                raise InputError(f"{where}: {wrong}")
-        if (first := lines.setdefault(id, number)) != number:
-            raise InputError(f"{where}: id {id!r} stands at {place}, line {first} already")
-        prompts = {lang: prompts[lang] for lang in langs}
-        answers = {lang: tuple(map(sys.intern, answers[lang])) for lang in langs}  # kept once
-        seams = [f"{prompts[lang][-1:]}{text[:1]}" for lang in langs for text in answers[lang]]
-        run_together += any(re.fullmatch("[A-Za-z]{2}", seam) for seam in seams)
-        yield where, Question(id, sys.intern(given["subject"]), given["gold"], prompts, answers)
-    for name, times in unread.items():
-        for near in get_close_matches(name, wanted, 1):
-            print0(f"{place}: {times} lines have a field {name!r}, which is not read; {near!r}?")
-    if run_together:
-        found = f"in {run_together} questions a word of the prompt runs into an answer"
-        print0(f"{place}: {found}, which is appended as written; begin it with a space?")
-
-
-LOADERS = {"atlas": load_atlas, "bmlama": load_bmlama, "mmmlu": load_mmmlu, "xcsqa": load_xcsqa}
-LOADERS["jsonl"] = load_jsonl
-TRAIN_QUESTIONS = {"atlas": 435, "bmlama": 5000, "mmmlu": 5000, "xcsqa": 800}  # App. H, Table 4
+            prompts[lang] = field(f"{where}, prompts", line.get("prompts"), lang, str)
+            answers[lang] = tuple(field(f"{where}, answers", line.get("answers"), lang, list))
+        yield where, Question(id, subject, gold, prompts, answers)

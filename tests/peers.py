@@ -13,7 +13,7 @@ Each way runs in a process of its own, in turn with the other; medians (min - ma
 import argparse
 import itertools
 import multiprocessing
-import sys
+import os
 import tempfile
 import time
 from importlib.metadata import version
@@ -32,8 +32,10 @@ def questions(given, number: int) -> list[data.Question]:
 
 
 def settings(given) -> train.Config:
+    """DPO for as many steps as all rounds take, without checkpoints."""
     names = {"model": given.model, "langs": given.langs, "dtype": given.dtype, "device": "cpu"}
-    return train.Config(**names, method="dpo", epochs=10**6, schedule="constant")
+    names |= {"epochs": given.rounds + 1, "save_every": 0, "out": os.devnull}
+    return train.with_defaults(train.Config(**names, method="dpo"))
 
 
 def scoring(pipe, given, way: str, lang: str) -> None:
@@ -50,6 +52,7 @@ def scoring(pipe, given, way: str, lang: str) -> None:
     else:
         train.init_distributed(config)
         model, tokenizer = train.load_model(config)
+        train.place(model, config)
     for _ in iter(pipe.recv, None):
         begun = time.perf_counter()
         if way == "lm_eval":
@@ -57,31 +60,31 @@ def scoring(pipe, given, way: str, lang: str) -> None:
             scores = torch.tensor([x for x, _ in peer.loglikelihood(requests, disable_tqdm=True)])
         else:
             trees = data.encode(tokenizer, asked, [lang])
-            scores = train.score(model, trees, config, packed=True)
+            scores = train.score(model, asked, trees, config)
             scores = scores[scores.isfinite()]
         pipe.send((len(scores) / (time.perf_counter() - begun), bench.room(), scores))
 
 
 def step(pipe, given, way: str) -> None:
     """Each turn takes so many steps."""
-    steps = given.steps
-    asked, config = questions(given, 4 * steps), settings(given)
+    asked, config = questions(given, 4 * given.steps), settings(given)
 
     def turns():  # one item for each step; between turns it waits
         for _ in iter(pipe.recv, None):
             begun = time.perf_counter()
-            yield from range(steps)
-            pipe.send((steps / (time.perf_counter() - begun), bench.room(), None))
+            yield from range(given.steps)
+            pipe.send((given.steps / (time.perf_counter() - begun), bench.room(), None))
 
     if way == "trl":
         return trl_steps(given, asked, turns())
     train.init_distributed(config)
     model, tokenizer = train.load_model(config)
-    trees = data.encode(tokenizer, asked, given.langs)
-    ref = train.score(model, trees, config, packed=True)
-    batches = train.make_batches(asked, trees, ref, train.gamma_matrix(config), config)
-    items = (next(batches) for _ in turns())
-    train.train(model, items, 10**6, config, True, lambda _: None)
+    trees, gamma = data.encode(tokenizer, asked, given.langs), train.gamma_matrix(config)
+    train.place(model, config)
+    ref = train.score(model, asked, trees, config)
+    steps = train.train(model, asked, trees, ref, gamma, config)
+    for _ in turns():
+        next(steps)
 
 
 def trl_steps(given, asked: list[data.Question], turns) -> None:
@@ -163,7 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except EOFError:
-        sys.exit("a process has ended early; above it says why, unless it was killed")
+    main()

@@ -5,24 +5,16 @@ The payload, if anything evaluates, imports, unpickles or opens it, makes a file
 
 import json
 import pickle
+import re
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import data
-from conftest import command, launch, train
+from conftest import ROOT, command, fork, launch, train, wait, weights
 
 LANGS = ["en", "es"]
-
-
-@pytest.fixture
-def trap(tmp_path):
-    """Where the payload would leave its mark, and the payload as Python."""
-    mark = tmp_path / "mark"
-    yield mark, f"__import__('pathlib').Path({str(mark)!r}).touch()"
-    assert not mark.exists(), "the payload ran"
 
 
 class Payload:
@@ -35,6 +27,14 @@ class Payload:
         return exec, (self.code,)
 
 
+@pytest.fixture
+def trap(tmp_path):
+    """The payload as Python, which would leave a mark; the test fails if it is there at the end."""
+    mark = tmp_path / "mark"
+    yield f"__import__('pathlib').Path({str(mark)!r}).touch()"
+    assert not mark.exists(), "the payload ran"
+
+
 def test_the_trap_works(tmp_path):
     code = f"__import__('pathlib').Path({str(tmp_path / 'mark')!r}).touch()"
     pickle.loads(pickle.dumps(Payload(code)))
@@ -42,19 +42,13 @@ def test_the_trap_works(tmp_path):
 
 
 def test_code_and_paths_in_a_data_set_are_text(tmp_path, trap):
-    """As prompt, answer, id, subject and candidates of every kind; a path to a file is one too."""
-    mark, code = trap
+    """As prompt, answer, id, subject and candidates; a path to a file is one too."""
     secret = tmp_path / "secret"
     secret.write_text("not to be read")
-    yaml, cell = f"!!python/object/apply:os.system ['touch {mark}']", f"=cmd|'touch {mark}'!A0"
-    for text in (code, yaml, cell, str(secret), f"file://{secret}", "${jndi:x}", "../../secret"):
-        line = {
-            "id": text,
-            "subject": text,
-            "gold": 0,
-            "prompts": dict.fromkeys(LANGS, text),
-            "answers": dict.fromkeys(LANGS, [text, " b"]),
-        }
+    yaml, cell = "!!python/object/apply:os.system ['id']", "=cmd|'calc'!A0"
+    for text in (trap, yaml, cell, str(secret), f"file://{secret}", "${jndi:x}", "../../secret"):
+        prompts, answers = dict.fromkeys(LANGS, text), dict.fromkeys(LANGS, [text, " b"])
+        line = {"id": text, "subject": text, "gold": 0, "prompts": prompts, "answers": answers}
         (tmp_path / "q.jsonl").write_text(json.dumps(line))
         (question,) = data.load(f"jsonl:{tmp_path / 'q.jsonl'}", LANGS)
         assert question.prompts["es"] == text and question.answers["en"] == (text, " b")
@@ -70,80 +64,65 @@ def test_code_and_paths_in_a_data_set_are_text(tmp_path, trap):
 
 def test_a_candidate_list_written_as_python_is_not_evaluated(tmp_path, trap):
     """As the authors' release keeps it, and evaluates it."""
-    _, code = trap
-    answers = dict.fromkeys(LANGS, f"[{code}]")
+    answers = dict.fromkeys(LANGS, f"[{trap}]")
     line = {"id": "1", "prompts": dict.fromkeys(LANGS, "x"), "answers": answers}
     (tmp_path / "q.jsonl").write_text(json.dumps(line))
-    with pytest.raises(data.InputError, match="answers a list of strings"):
+    with pytest.raises(data.InputError, match="line 1"):
         data.load(f"jsonl:{tmp_path / 'q.jsonl'}", LANGS)
 
 
-def model_with(world, folder, code, file):
-    """A copy of the tiny model with a payload in its `file`."""
-    shutil.copytree(world / "model", folder)
-    weights = load_file(folder / "model.safetensors")
-    if file == "pickled":  # and no safetensors beside it
-        (folder / "model.safetensors").unlink()
-        with open(folder / "pytorch_model.bin", "wb") as out:
-            pickle.dump(Payload(code), out)
-    elif file == "zipped":
-        (folder / "model.safetensors").unlink()
-        torch.save({**weights, "model.norm.weight": Payload(code)}, folder / "pytorch_model.bin")
-    elif file == "posing":
-        (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(code)))
+@pytest.mark.parametrize("kind", ["pickled", "zipped", "posing", "remote code", "tokenizer"])
+def test_code_in_a_model_folder_does_not_run(world, tmp_path, trap, kind, monkeypatch):
+    """Nor where someone, asked whether to trust it, would say yes."""
+    model = tmp_path / "model"
+    shutil.copytree(world / "model", model)
+    tensors = {**weights(model), "model.norm.weight": Payload(trap)}
+    if kind == "pickled":  # and no safetensors beside it
+        (model / "model.safetensors").unlink()
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(trap)))
+    elif kind == "zipped":
+        (model / "model.safetensors").unlink()
+        torch.save(tensors, model / "pytorch_model.bin")
+    elif kind == "posing":
+        (model / "model.safetensors").write_bytes(pickle.dumps(Payload(trap)))
     else:
-        settings = json.loads((folder / "config.json").read_text())
-        settings["model_type"] = "trap"
+        path = model / ("config.json" if kind == "remote code" else "tokenizer_config.json")
+        settings = json.loads(path.read_text())
+        settings |= {"model_type": "trap", "tokenizer_class": "Trap"}
         settings["auto_map"] = {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap",
                                 "AutoTokenizer": ["trap.Trap", None]}  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(settings))
-        (folder / "trap.py").write_text(f"{code}\nclass Trap: pass\n")
+        path.write_text(json.dumps(settings))
+        (model / "trap.py").write_text(f"{trap}\nclass Trap: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    train(world, tmp_path / "out", "--model", model, "--eval_only", fails=True)
 
 
-@pytest.mark.parametrize("file", ["pickled", "zipped", "posing", "remote code"])
-@pytest.mark.parametrize("more", [(), ("--eval_only",)])
-def test_code_in_a_model_folder_does_not_run(world, tmp_path, trap, file, more):
-    model_with(world, tmp_path / "model", trap[1], file)
-    arguments = ["--model", tmp_path / "model", "--data", f"jsonl:{world / 'q.jsonl'}", "--device",
-                 "cpu", "--langs", "en", "es", "--train_questions", 7]  # fmt: skip
-    text = launch("train.py", *arguments, *more, fails=True)
-    assert "no causal language model can be loaded" in text and "Traceback" not in text
+def test_code_in_a_checkpoint_does_not_run(world, tmp_path, trap):
+    """Neither in a file of weights nor in the list of them that torch keeps elsewhere."""
+    arguments = command(
+        world, tmp_path / "out", "--save_every", 1, "--lr", "1e30", "--grad_clip", 0
+    )
+    launch("train.py", *arguments, fails=True)  # in step 2
+    file, *_ = (tmp_path / "out" / "checkpoint-1").glob("shard*")
+    sound = file.read_bytes()
+    (file.parent / ".metadata").write_bytes(pickle.dumps(Payload(trap)))
+    file.write_bytes(pickle.dumps(Payload(trap)))
+    statuses, text = wait(fork("train.py", arguments))
+    assert any(statuses) and "SafetensorError" in text, text
+    file.write_bytes(sound)
+    assert "step 2: NaN" in launch("train.py", *arguments, fails=True)
 
 
-@pytest.mark.parametrize("file", ["shard-00001-model-00001-of-00001.safetensors", "state.json"])
-def test_code_in_a_checkpoint_does_not_run(world, tmp_path, trap, file):
-    out = tmp_path / "out"
-    train(world, out, "--save_every", 1, "--lr", "1e30", "--grad_clip", 0, fails=True)
-    (place,) = (out / "checkpoint").glob("step-*")
-    (place / file).write_bytes(pickle.dumps(Payload(trap[1])))
-    more = ("--save_every", 1, "--lr", "1e30", "--grad_clip", 0, "--resume")
-    text = launch("train.py", *command(world, out, *more), fails=True)
-    assert f"{place} is damaged" in text and "Traceback" not in text
-
-
-def test_code_in_a_kept_table_does_not_run(tmp_path, trap):
-    import train as program
-
-    path = tmp_path / "reference.safetensors"
-    path.write_bytes(pickle.dumps(Payload(trap[1])))
-    with pytest.raises(data.InputError, match="is damaged"):
-        program.load_or_compute(path, {}, dict)
-
-
-def test_code_in_the_answers_of_a_run_does_not_run(tmp_path, trap):
-    (tmp_path / "log.jsonl").write_text("")
-    for name in ("run.json", "metrics.json", "answers.jsonl"):
-        (tmp_path / name).write_bytes(pickle.dumps(Payload(trap[1])))
-    assert "is not of a whole run" in launch("rankc.py", tmp_path, fails=True)
+def test_code_in_what_a_run_wrote_does_not_run(tmp_path, trap):
+    for name in ("run.json", "log.jsonl", "metrics.json", "answers.jsonl"):
+        (tmp_path / name).write_bytes(pickle.dumps(Payload(trap)))
+    launch("rankc.py", tmp_path, fails=True)
 
 
 def test_no_file_of_ours_can_run_what_it_reads():
-    """No eval, no exec, no pickle, no torch.load, no yaml, no shell."""
-    from conftest import ROOT
-
+    forbidden = (
+        r"\b(?<!\.)(eval|exec|compile|__import__)\(|pickle|marshal|yaml|torch\.(load|save)\b"
+    )
+    forbidden += r"|os\.system|shell=True"
     for path in [*ROOT.glob("*.py"), *ROOT.glob("theory/*.py")]:
-        text = path.read_text()
-        for name in ("eval(", "exec(", "pickle", "torch.load", "yaml", "shell=True", "os.system",
-                     "torch.save", "marshal", "__import__"):  # fmt: skip
-            found = text.replace(".eval()", "").replace("_eval(", "")
-            assert name not in found, f"{name} in {path}"
+        assert not re.search(forbidden, path.read_text()), path

@@ -15,26 +15,34 @@ LANGS = ["en", "fr", "es", "sw", "de"]
 coarse = st.sampled_from([-1.0, -2.0, -3.0])  # so that votes and sums tie
 
 
-def tables(L=st.integers(3, 5), K=st.integers(2, 4), values=coarse):
+def tables(L=st.integers(3, 5), K=st.integers(2, 4)):
     """(L, K) log-probs as lists."""
-    return st.tuples(L, K).flatmap(
-        lambda shape: st.lists(
-            st.lists(values, min_size=shape[1], max_size=shape[1]),
-            min_size=shape[0],
-            max_size=shape[0],
-        )
+    shapes = st.tuples(L, K)
+    row = lambda K: st.lists(coarse, min_size=K, max_size=K)  # noqa: E731
+    return shapes.flatmap(
+        lambda shape: st.lists(row(shape[1]), min_size=shape[0], max_size=shape[0])
     )
 
 
-def question(L: int, K: int, gold=0, id="q"):
-    langs = LANGS[:L]
-    return data.Question(
-        id, "", gold, dict.fromkeys(langs, "x"), dict.fromkeys(langs, tuple("abcd"[:K]))
-    )
+def settings(L: int, method: str, **more):
+    return train.with_defaults(train.Config(model="m", method=method, langs=LANGS[:L], **more))
 
 
-def config(L: int, method: str, **more):
-    return train.Config(**{"model": "m", "method": method, "langs": LANGS[:L], **more})
+def example(table, config, gold=0, id="q", n=0, K=None):
+    """The n-th draw from a question whose reference is `table`, (L, K); tokens name its answers."""
+    table = torch.as_tensor(table)
+    L, K = len(table), K or table.shape[1]
+    answers = dict.fromkeys(LANGS[:L], tuple("abcd"[:K]))
+    question = data.Question(id, "", gold, dict.fromkeys(LANGS[:L], "x"), answers)
+    trees = [data.Tree([0], [[k] for k in range(K)])] * L
+    return train.make_example(question, trees, table, n, config)
+
+
+def chosen(table, config, **more):
+    """What each language is trained on, {language: its candidates}."""
+    made = example(table, config, **more)
+    kept = [[k for [k] in tree.branches] for tree in made.trees]
+    return {i: kept[i] for i in made.learns.nonzero()[:, 0].tolist()}
 
 
 # ------------------------------------------------------------------------------------ the vote
@@ -57,11 +65,8 @@ def test_the_order_of_languages_does_not_change_the_vote(seed, L, K, rng):
     """Also where sums differ by rounding alone: half of the languages mirror the others."""
     table = torch.randn(L, K, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
     table = torch.cat([table, table.flip(-1)])
-    found = {
-        tuple(map(float, dco.majority_vote(table[rng.sample(range(2 * L), 2 * L)])))
-        for _ in range(10)
-    }
-    assert len(found) == 1
+    orders = [rng.sample(range(2 * L), 2 * L) for _ in range(10)]
+    assert len({tuple(map(float, dco.majority_vote(table[order]))) for order in orders}) == 1
 
 
 def test_a_missing_candidate_wins_no_vote_and_other_questions_do_not_matter():
@@ -75,105 +80,74 @@ def test_a_missing_candidate_wins_no_vote_and_other_questions_do_not_matter():
 # ------------------------------------------------------------------------------------ the pairs
 
 
-@given(tables())
-def test_calm_trains_the_languages_whose_own_answer_is_not_the_majoritys(rows):
-    L, K = len(rows), len(rows[0])
+@given(tables(), st.sampled_from([0, 1, None]))
+def test_calm_trains_the_languages_whose_own_answer_is_not_the_majoritys(rows, gold):
     winner, _ = by_counting(rows)
-    chosen, used = train.select_candidates(question(L, K), torch.tensor(rows), 0, config(L, "calm"))
     own = [row.index(max(row)) for row in rows]
-    assert used == [i for i in range(L) if own[i] != winner]
-    assert all(chosen[i].tolist() == [winner, own[i]] for i in used)
-
-
-@given(tables(), st.randoms(use_true_random=False))
-def test_calm_gives_each_language_the_same_pair_in_whatever_order_they_stand(rows, rng):
-    L, K = len(rows), len(rows[0])
-    order = rng.sample(range(L), L)
-    chosen, used = train.select_candidates(question(L, K), torch.tensor(rows), 0, config(L, "calm"))
-    again, moved = train.select_candidates(
-        question(L, K), torch.tensor([rows[i] for i in order]), 0, config(L, "calm")
-    )
-    pairs = {i: chosen[i].tolist() for i in used}
-    assert {order[j]: again[j].tolist() for j in moved} == pairs
-
-
-@given(st.integers(0, 3), st.integers(3, 5))
-def test_a_unanimous_question_gives_no_pair_and_gold_is_not_looked_at(best, L):
-    row = [-2.0] * 4
-    row[best] = -1.0
-    table = torch.tensor([row] * L)
-    for gold in (0, 3, None):
-        assert train.select_candidates(question(L, 4, gold), table, 0, config(L, "calm"))[1] == []
-    other = torch.tensor([row] * (L - 1) + [row[1:] + row[:1]])
-    assert train.select_candidates(question(L, 4), other, 0, config(L, "calm"))[1] == [L - 1]
+    wanted = {i: [winner, k] for i, k in enumerate(own) if k != winner}
+    assert chosen(rows, settings(len(rows), "calm"), gold=gold) == wanted
 
 
 @given(st.integers(2, 4), st.data(), st.integers(0, 50))
 def test_dpo_prefers_gold_over_another_that_all_languages_share_and_sft_takes_gold(K, draw, seed):
-    gold = draw.draw(st.integers(0, K - 1))
-    table = torch.zeros(3, K)
-    pairs, used = train.select_candidates(
-        question(3, K, gold), table, 0, config(3, "dpo", seed=seed)
-    )
-    assert used == [0, 1, 2] and pairs.tolist() == [pairs[0].tolist()] * 3
-    assert pairs[0, 0] == gold and 0 <= pairs[0, 1] < K and pairs[0, 1] != gold
-    only, used = train.select_candidates(question(3, K, gold), table, 0, config(3, "sft"))
-    assert used == [0, 1, 2] and only.tolist() == [[gold]] * 3
+    gold, table = draw.draw(st.integers(0, K - 1)), torch.zeros(3, K)
+    pairs = chosen(table, settings(3, "dpo", seed=seed), gold=gold)
+    assert list(pairs) == [0, 1, 2] and pairs[0] == pairs[1] == pairs[2]
+    preferred, other = pairs[0]
+    assert preferred == gold and 0 <= other < K and other != gold
+    assert chosen(table, settings(3, "sft"), gold=gold) == dict.fromkeys(range(3), [gold])
 
 
 @given(st.integers(2, 4), st.integers(0, 50), st.integers(0, 6))
-def test_dco_may_draw_exactly_as_dpo_does(K, seed, number):
+def test_dco_may_draw_exactly_as_dpo_does(K, seed, n):
     """Section 6.1: DPO, then DCO on the same instances."""
+    ours, theirs = settings(3, "dco", seed=seed, pairs="gold"), settings(3, "dpo", seed=seed)
     table = torch.zeros(3, K)
-    draws = [
-        train.select_candidates(
-            question(3, K, 1), table, number, config(3, method, seed=seed, **more)
-        )
-        for method, more in (("dpo", {}), ("dco", {"pairs": "gold"}))
-    ]
-    assert torch.equal(draws[0][0], draws[1][0]) and draws[0][1] == draws[1][1]
-    pairwise = config(3, "dco", seed=seed, pairs="gold", objective="pairwise")
-    chosen, trained = train.select_candidates(question(3, K, 1), table, number, pairwise)
-    assert torch.equal(chosen, draws[0][0]) and len(trained) == 2
+    assert chosen(table, ours, gold=1, n=n) == chosen(table, theirs, gold=1, n=n)
 
 
 def test_the_other_answer_of_dpo_is_each_as_often():
-    other = Counter(
-        int(
-            train.select_candidates(
-                question(2, 4, 1, str(i)), torch.zeros(2, 4), 0, config(2, "dpo")
-            )[0][0, 1]
-        )
-        for i in range(3000)
-    )
+    config, other = settings(2, "dpo"), Counter()
+    for q in range(3000):
+        other[chosen(torch.zeros(2, 4), config, gold=1, id=str(q))[0][1]] += 1
     assert set(other) == {0, 2, 3} and all(abs(n - 1000) < 110 for n in other.values())
+
+
+@pytest.mark.parametrize("asked", [0, 2, 3])
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_dco_draws_as_many_candidates_as_asked_or_all_with_their_reference(asked, K):
+    """K of 4 candidates exist; what is not drawn is missing: it is in no pair of Eq. 11."""
+    table = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    made = example(table, settings(3, "dco", candidates=asked), K=K)
+    drawn = [k for [k] in made.trees[0].branches]
+    assert len(set(drawn)) == len(drawn) == min(asked or K, K) and set(drawn) <= set(range(K))
+    assert all(tree == made.trees[0] for tree in made.trees) and made.learns.all()
+    assert torch.equal(made.ref_logps[:, : len(drawn)], table[:, drawn])
+    assert made.ref_logps.shape == (3, 4) and made.ref_logps[:, len(drawn) :].isneginf().all()
 
 
 # ------------------------------------------------------------------------------------ where it ends
 
 
-def descend(method: str, reference: torch.Tensor, golds: list, steps=4000, rate=0.2, **more):
-    """Gradient descent on a policy that is a table, (Q, L, K), on the items that a run would take.
+def descend(method: str, reference: torch.Tensor, golds: list, steps: int, rate: float, **more):
+    """Gradient descent on a policy that is a table, (Q, L, K), on the pairs a run would take.
 
-    Returns log pi and the pairs that were trained: (question, language, preferred, other).
+    Returns log pi, and the pairs that were trained: (question, language, preferred, other).
     """
-    Q, L, K = reference.shape
-    settings = config(L, method, batch_questions=Q, **more)
-    questions = [question(L, K, gold, str(q)) for q, gold in enumerate(golds)]
-    trees = [[data.Tree([0], [[q, i, k] for k in range(K)]) for i in range(L)] for q in range(Q)]
-    gamma = dco.gamma_from_trust(torch.ones(L, dtype=torch.double), settings.beta)
-    (items,) = train.make_batches(questions, trees, reference, gamma, settings)
-    rows = [(item.trees[i].branches, item.ref_logps[i], item.r_align[i]) for item in items
-            for i in item.trained]  # fmt: skip
+    config, rows, pairs = settings(reference.shape[1], method, **more), [], []
+    for q, gold in enumerate(golds):
+        made = example(reference[q], config, gold=gold, id=str(q))
+        for i in made.learns.nonzero()[:, 0].tolist():
+            kept = [k for [k] in made.trees[i].branches]
+            rows.append((q, i, kept, made.ref_logps[i, : len(kept)]))
+            pairs.append((q, i, kept[0], kept[-1]))
     policy = reference.clone().requires_grad_()
     for _ in range(steps):
         logps, loss = policy.log_softmax(-1), 0.0
-        for branches, ref, r_align in rows:
-            got = torch.stack([logps[q, i, k] for q, i, k in branches])
-            loss = loss + train.language_loss(got, ref[: len(got)], r_align[: len(got)], settings)
+        for q, i, kept, ref in rows:  # r_ALIGN, 0 here, is DCO's alone
+            loss = loss + train.language_loss(logps[q, i, kept], ref, 0 * ref, config)
         (gradient,) = torch.autograd.grad(loss, policy)
         policy.data -= rate * gradient
-    pairs = [(b[0][0], b[0][1], b[0][2], b[-1][2]) for b, *_ in rows]
     return policy.detach().log_softmax(-1), pairs
 
 
@@ -185,7 +159,7 @@ def reference():
 
 def test_dpo_prefers_the_gold_answer_on_every_training_pair_at_convergence(reference):
     golds = [0, 1, 2, 3, 0, 1]
-    logps, pairs = descend("dpo", reference, golds, steps=400, rate=3.0, beta=0.5)
+    logps, pairs = descend("dpo", reference, golds, 400, 3.0, beta=0.5)
     assert len(pairs) == 18
     for q, i, preferred, other in pairs:
         assert preferred == golds[q] and logps[q, i, preferred] > logps[q, i, other]
@@ -194,18 +168,18 @@ def test_dpo_prefers_the_gold_answer_on_every_training_pair_at_convergence(refer
 
 def test_sft_makes_the_gold_answer_the_likeliest_in_every_language(reference):
     golds = [0, 1, 2, 3, 0, 1]
-    logps, _ = descend("sft", reference, golds, steps=300)
+    logps, _ = descend("sft", reference, golds, 300, 0.2)
     assert (logps.argmax(-1).T == torch.tensor(golds)).all() and logps.amax(-1).min() > -0.2
 
 
 def test_calm_brings_every_language_over_to_the_majority_and_leaves_the_others_alone(reference):
-    logps, pairs = descend("calm", reference, [None] * 6, steps=400, rate=3.0, beta=0.5)
-    own, touched = reference.argmax(-1), {(q, i) for q, i, *_ in pairs}
+    logps, pairs = descend("calm", reference, [None] * 6, 400, 3.0, beta=0.5)
+    own, trained = reference.argmax(-1), {(q, i) for q, i, *_ in pairs}
     for q in range(6):
         winner, _ = by_counting(reference[q].tolist())
         for i in range(3):
+            assert ((q, i) in trained) == (own[q, i] != winner)
             if own[q, i] == winner:
-                assert (q, i) not in touched
                 torch.testing.assert_close(logps[q, i], reference[q, i])
             else:
-                assert (q, i) in touched and logps[q, i, winner] > logps[q, i, own[q, i]]
+                assert logps[q, i, winner] > logps[q, i, own[q, i]]
