@@ -60,9 +60,7 @@ class Config:
     # Method
     method: Literal["dco", "sft", "dpo", "calm"] = HfArg(default="dco", help="section 6.1")
     beta: float | None = HfArg(default=None, help="of the KL term, Eq. 1 (1; dpo and calm: 0.1)")
-    trust: list[str] = HfArg(
-        default_factory=list, help="LANG=WEIGHT where not 1; higher: moves less"
-    )
+    trust: list[str] = HfArg(default_factory=list, help="LANG=WEIGHT, else 1; higher: moves less")
     gamma: list[float] = HfArg(default_factory=list, help="instead: gamma_1 gamma_2, or all L x L")
     candidates: int | None = HfArg(default=None, help="answers in a draw, 0 for all (default: 2)")
     pairs: Literal["random", "gold"] = HfArg(default="random", help="gold: DCO on DPO's instances")
