@@ -221,7 +221,7 @@ def attention_mask(model: nn.Module, sees: Tensor, position: Tensor) -> Tensor |
     """
     config, dtype = model.config.get_text_config(), next(model.parameters()).dtype
     window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    lowest = torch.finfo(torch.bfloat16).min  # float32's would become -inf, and a row of these NaN
+    lowest = torch.finfo(torch.bfloat16).min  # float32's would become -inf in bfloat16
     full = (~sees)[None, None].to(dtype) * lowest
     if not window or (layers and "sliding_attention" not in layers):
         return full
@@ -235,24 +235,23 @@ def check_packing(model: nn.Module, tree: Any, dtype: torch.dtype = torch.float3
     """Raise ValueError unless the model scores a tree packed, and in company, as plain_logps does.
 
     Scores may differ by a part in 1000, or by 4 times what they shift where each embedding is moved
-    by the rounding of dtype, in which the model computes. (In bfloat16 the largest error of models
-    that ignore the mask was 10 times that shift or more, that of others 1.8 times at most.) To be
-    called under the autocast of scoring.
+    by the rounding of dtype, in which the model computes. To be called under scoring's autocast.
     """
     tree = tree._replace(branches=tree.branches[:3])  # keeps the check cheap
     # Of equal tokens a leak would not show: twice the same keys have the same weighted mean.
     company = tree._replace(prefix=tree.prefix[::-1], branches=tree.branches[::-1])
     alone, beside = completion_logps(model, [tree])[0], completion_logps(model, [company, tree])[1]
     plain = plain_logps(model, tree)
+    generator = torch.Generator().manual_seed(0)
 
     def jitter(module: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor:
-        noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
-        moved = 1 + torch.finfo(dtype).eps / 4 * noise.to(embeddings.device)
-        return (embeddings.float() * moved).to(embeddings)
+        noise = torch.randn(embeddings.shape, generator=generator).to(embeddings.device)
+        return (embeddings.float() * (1 + torch.finfo(dtype).eps / 4 * noise)).to(embeddings)
 
     hook = model.get_input_embeddings().register_forward_hook(jitter)
-    rounding = (plain_logps(model, tree) - plain).abs().max()
+    shifts = [completion_logps(model, [tree])[0] - alone for _ in range(4)]
     hook.remove()
+    rounding = torch.stack(shifts).abs().max()
     off = (torch.stack([alone, beside]) - plain).abs()
     bound = (1e-3 + 1e-3 * plain.abs()).clamp(min=4 * rounding)
     if not (off <= bound).all() and plain.isfinite().all():  # NaN: see train.score
