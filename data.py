@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,14 +273,12 @@ def load_bmlama(place: Path, langs: list[str], print0: Callable) -> Questions:
 
     The prompt is the sentence up to its mask. An answer is a candidate and what follows the mask,
     if that has a letter: a bare full stop is left out, as in the paper's prefixes and words. The id
-    is the row, from 2. Candidates are parallel by position, also where translations repeat.
+    is the number of the row. Candidates are parallel by position, also where translations repeat.
     """
     files = [list(csv_rows(place / f"{lang}.tsv", 4, "\t", header=True)) for lang in langs]
     sizes = [len(rows) for rows in files]
     if len(set(sizes)) > 1:
-        raise InputError(
-            f"{place}: row n must be one question in all, but {langs} have {sizes} rows"
-        )
+        raise InputError(f"{place}: row n must be one question, but {langs} have {sizes} rows")
     dropped = 0
     for line, rows in enumerate(zip(*files, strict=True), start=2):
         prompts, answers = {}, {}
@@ -389,13 +386,10 @@ def load_mmmlu(place: Path, langs: list[str], print0: Callable) -> Questions:
                 question, *options, key = fields
                 row = Row(where, f"{subject}/{n}", subject, question, options, key.strip())
                 rows[lang].append(row)
-    sizes = [Counter(row.subject for row in rows[lang]) for lang in langs]
-    for subject in set.intersection(*(set(size) for size in sizes)):
-        if (
-            len({size[subject] for size in sizes}) > 1
-        ):  # else a missing row would shift all after it
-            numbers = [size[subject] for size in sizes]
-            raise InputError(f"{place}: {subject} has {numbers} rows in {langs}: not parallel")
+    for subject in sorted({row.subject for row in rows[langs[0]]}):
+        sizes = [sum(row.subject == subject for row in rows[lang]) for lang in langs]
+        if len(set(sizes) - {0}) > 1:  # one row missing would pair all after it wrongly
+            raise InputError(f"{place}: {subject} has {sizes} rows in {langs}: not parallel")
     yield from align(place, rows, print0)
 
 

@@ -169,7 +169,7 @@ BAD = [  # what of the Spanish file is replaced by what, once, and what is said 
     ("bmlama", "\tTokio\t", "\tSeúl\t", "line 2: the answer is another candidate than in en"),
     ("bmlama", ", Mascate", "", f"line 3: question '3': {PARALLEL}"),
     ("bmlama", "Pekín", " \u3000", f"line 2: question '2': {EMPTY}"),
-    ("bmlama", "La capital de Chile.*\n", "", "row n must be one question in all, but"),
+    ("bmlama", "La capital de Chile.*\n", "", "row n must be one question, but"),
     ("bmlama", "La capital de T", '"La capital de T', "line 3: unexpected end of data"),
     ("bmlama", "Mascate", "x" * 200_000, "line 3: field larger than field limit"),
     ("mmlu", ",D\n", "\n", "line 1: 5 fields, not 6"),
