@@ -100,10 +100,14 @@ def encode(
     Raises InputError, naming the question, for a text longer than `context` tokens, an answer that
     becomes no token, and a prompt without a token to predict the answer from.
     """
-    return [[encode_one(tokenizer, q, lang, context) for lang in langs] for q in questions]
+    # What a text begins with: a token where the tokenizer has it so, nothing with Qwen's.
+    bos = [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
+    return [[encode_one(tokenizer, q, lang, bos, context) for lang in langs] for q in questions]
 
 
-def encode_one(tokenizer: Any, question: Question, lang: str, context: int | None) -> Tree:
+def encode_one(
+    tokenizer: Any, question: Question, lang: str, bos: list[int], context: int | None
+) -> Tree:
     """The tree of a question in one language, by lm-evaluation-harness's rule.
 
     Spaces that end the prompt go to the answer. What is fed is encode(prompt + answer), and what
@@ -116,9 +120,7 @@ def encode_one(tokenizer: Any, question: Question, lang: str, context: int | Non
     blanks = sorted({answer[: -len(answer.lstrip())] for answer in answers})
     texts = [prompt + more for more in ("", *blanks, *answers)]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    # A text begins with BOS where the tokenizer has it so (Qwen has none), and with one alone where
-    # a chat template has put it before the prompt already.
-    bos = [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
+    # Not twice, where a chat template has put it before the prompt already.
     encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
     empty, answered = encoded[: 1 + len(blanks)], encoded[1 + len(blanks) :]
 

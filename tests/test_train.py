@@ -149,6 +149,28 @@ def test_a_model_saved_in_bfloat16_is_scored_with_its_constants_in_float32(world
         assert nats == pytest.approx(dco.plain_logps(plain, tree).tolist(), abs=1e-3)
 
 
+def test_an_answer_that_scores_minus_infinity_is_told_and_does_not_count_as_missing(
+    world, monkeypatch, process_group
+):
+    """So does one whose prompt has an infinite logit. Question 4 has three answers, others four."""
+    from transformers import AutoTokenizer
+
+    questions = data.load(f"jsonl:{world / 'q.jsonl'}", ["en", "es"])
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    trees = data.encode(tokenizer, questions, ["en", "es"])
+    config = settings(device="cpu", max_tokens=1)
+    assert program.score(tiny_llama(len(tokenizer)), questions, trees, config).shape == (11, 2, 4)
+    scored, spoiled = dco.completion_logps, trees[7][1]
+
+    def spoil(model, batch):
+        logps = scored(model, batch)
+        return logps.index_fill(1, torch.tensor(3), -torch.inf) if batch == [spoiled] else logps
+
+    monkeypatch.setattr(dco, "completion_logps", spoil)
+    with pytest.raises(FloatingPointError, match=r"1 questions score NaN or infinite: \['7'\]"):
+        program.score(tiny_llama(len(tokenizer)), questions, trees, config)
+
+
 def test_a_run_without_matplotlib_ends_whole_and_says_so(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     text = train(world, tmp_path)
