@@ -404,7 +404,9 @@ def score(
     bad = ~table.isfinite() & (torch.arange(K) < sizes)  # -inf is right where one is missing
     ids = [questions[q].id for q in bad.any(-1).any(-1).nonzero()[:, 0].tolist()]
     if ids:
-        raise FloatingPointError(f"{len(ids)} questions score NaN or infinite: {ids[:5]}")
+        raise FloatingPointError(
+            f"{len(ids)} questions score NaN or infinite: {', '.join(ids[:5])}"
+        )
     return table
 
 

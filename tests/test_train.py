@@ -167,7 +167,7 @@ def test_an_answer_that_scores_minus_infinity_is_told_and_does_not_count_as_miss
         return logps.index_fill(1, torch.tensor(3), -torch.inf) if batch == [spoiled] else logps
 
     monkeypatch.setattr(dco, "completion_logps", spoil)
-    with pytest.raises(FloatingPointError, match=r"1 questions score NaN or infinite: \['7'\]"):
+    with pytest.raises(FloatingPointError, match="1 questions score NaN or infinite: 7$"):
         program.score(tiny_llama(len(tokenizer)), questions, trees, config)
 
 
