@@ -12,24 +12,16 @@ App. F's sigmoid(beta (r-hat - r-hat)) has a beta too many, for r-hat holds it (
 it, sigmoid of DCO's margin is sigmoid(gamma_1 log pi_REF,2(w) / pi_REF,2(l)); App. F lacks gamma_1.
 """
 
-from collections.abc import Callable, Iterator
-
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import dco
-from theory import Finding, off, positive, rng, table, to_odds, worst
+from theory import check, worst
 from theory.lemma1 import matrix
-from theory.lemma2 import minimum
-from theory.product_of_experts import descend
+from theory.lemma2 import minimise_loss_over
+from theory.toys import path_of_descent, positive, table, to_odds, vector
 
-
-def descent(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int, step: float) -> Tensor:
-    """Gradient descent from log-probs `start`, all of its policies: (..., K) -> (steps, ..., K)."""
-    path = [start]
-    for _ in range(steps):
-        path.append(descend(loss, path[-1], [step]))
-    return torch.stack(path[1:])
+BETA = 0.5
 
 
 def margin(logps: Tensor, ref: Tensor, beta: float) -> Tensor:
@@ -37,37 +29,66 @@ def margin(logps: Tensor, ref: Tensor, beta: float) -> Tensor:
     return to_odds(dco.implicit_reward(logps, ref, beta))
 
 
-def check(draws: int, seed: int) -> Iterator[Finding]:
-    g, beta, steps, step = rng(seed), 0.5, 2000, 0.5
-    ref = table(g, draws, 2)
-    dpo = margin(descent(lambda y: dco.dpo_loss(y, ref, beta), ref, steps, step), ref, beta)
-    h = 2 * beta**2 * step  # both logits move, and r-hat is beta times them
-    bound = torch.log1p(h * torch.arange(1, steps + 1)[:, None] / 2)
-    stopped = int((dpo.diff(dim=0) <= 0).sum())
-    means = ", ".join(f"{dpo[t - 1].mean():.2f}" for t in (20, 200, 2000))
-    shown = f"mean margin after 20, 200 and 2000 steps: {means}"
-    words = "DPO's margin rises at every step, beyond log(1 + h t / 2): unbounded"
-    yield Finding(words, draws, worst(0.0, bound - dpo) + stopped, shown=shown)
+@check
+def dpos_margin_grows_without_bound(g: Generator, draws: int) -> tuple[float, str]:
+    """DPO's margin rises at every step of descent, beyond log(1 + h t / 2)."""
+    ref, step = table(g, draws, 2), 0.5
+    path = path_of_descent(lambda logps: dco.dpo_loss(logps, ref, BETA), ref, [step] * 300)
+    m = margin(path, ref, BETA)  # (301, draws)
+    h = 2 * BETA**2 * step  # both logits move, and r-hat is beta times them
+    bound = torch.log1p(h * torch.arange(301) / 2)[:, None]
+    means = ", ".join(f"{m[t].mean():.2f}" for t in (3, 30, 300))
+    shown = f"mean margin after 3, 30 and 300 steps: {means}"
+    return worst((bound - m).clamp(min=0), ~(m.diff(dim=0) > 0)), shown
+
+
+@check
+def dcos_margin_ends_at_its_target(g: Generator, draws: int) -> Tensor:
+    """DCO's margin ends at its target, gamma_1 times the other language's log-odds."""
     ref = table(g, draws, 2, 2)
-    r = dco.align_reward(ref, matrix(*positive(g, 2).tolist()))
-    end = margin(minimum(lambda y: dco.dco_loss(y, ref, r, beta) / beta, ref), ref, beta)
-    yield Finding("DCO's margin ends at its target", draws, off(end - to_odds(r)))
-    for K in (2, 3):
-        ref, pairs = table(g, draws, K), torch.combinations(torch.arange(K))
-        p = 0.2 + 0.6 * torch.rand(draws, len(pairs), generator=g, dtype=torch.double)
-        both = torch.cat([pairs, pairs.flip(-1)])  # (2 E, 2): the preferred answer first
-        share = torch.cat([p, 1 - p], -1) / len(pairs)  # (draws, 2 E), of all labels
-        at = ref[..., both]  # (draws, 2 E, 2)
-        policy = descend(lambda y: share * dco.dpo_loss(y[..., both], at, beta), ref, [12.0] * 1000)
-        reward = descend(lambda y: share * dco.bradley_terry_loss(y[..., both]), ref, [3.0] * 1000)
-        gap = off(policy - (ref + reward / beta).log_softmax(-1))  # Eq. 2 of the reward of Eq. 14
-        words = f"{K} answers labelled both ways: bounded, and equal to reward model then RL"
-        if K == 2:
-            gap = worst(gap, off(margin(policy, ref, beta) - p.logit()[:, 0]))
-            words += ", m = log p / (1 - p)"
-        yield Finding(words, draws, gap)
-    ref, gamma = table(g, draws, 2, 2), matrix(*positive(g, 2).tolist())
-    matched = margin(dco.optimal_policy(ref, gamma, beta), ref, beta)[:, 0].sigmoid()
-    exact = (gamma[0, 1] * to_odds(ref[:, 1])).sigmoid()
-    words = "at DCO's minimum Bradley-Terry is sigmoid(gamma_1 x the other's log-odds)"
-    yield Finding(words, draws, off(matched - exact))
+    gamma_1, gamma_2 = positive(g, 2).tolist()
+    r = dco.align_reward(ref, matrix(gamma_1, gamma_2))
+    end = minimise_loss_over(torch.tensor([[0, 1]]), ref, ref, r, BETA)
+    return margin(end, ref, BETA) - vector(gamma_1, gamma_2) * to_odds(ref).flip(-1)
+
+
+def labelled_both_ways(g: Generator, draws: int, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs of K answers, labelled both ways: the reference, the share p of labels that prefers
+    the first of each pair, where DPO ends, and Eq. 2 of the reward where Eq. 14 ends."""
+    ref, pairs = table(g, draws, K), torch.combinations(torch.arange(K))
+    p = 0.2 + 0.6 * torch.rand(draws, len(pairs), generator=g, dtype=torch.double)
+    both = torch.cat([pairs, pairs.flip(-1)])  # (2 E, 2): the preferred answer first
+    share = torch.cat([p, 1 - p], -1) / len(pairs)  # (draws, 2 E), of all labels
+
+    def dpo(logps: Tensor) -> Tensor:
+        return share * dco.dpo_loss(logps[..., both], ref[..., both], BETA)
+
+    def reward_model(rewards: Tensor) -> Tensor:
+        return share * dco.bradley_terry_loss(rewards[..., both])
+
+    policy = path_of_descent(dpo, ref, [12.0] * 100)[-1]
+    reward = path_of_descent(reward_model, ref, [3.0] * 100)[-1]
+    return ref, p, policy, (ref + reward / BETA).log_softmax(-1)
+
+
+@check
+def contradicted_labels_bound_dpo(g: Generator, draws: int) -> float:
+    """Two answers labelled both ways: m ends at log p / (1 - p), as reward model, then RL would."""
+    ref, p, policy, by_rl = labelled_both_ways(g, draws, K=2)
+    return worst(margin(policy, ref, BETA) - p.logit()[:, 0], policy - by_rl)
+
+
+@check
+def contradicted_labels_bound_dpo_of_three_answers(g: Generator, draws: int) -> Tensor:
+    """Three answers: no closed form, but the same end as reward model, then RL."""
+    _, _, policy, by_rl = labelled_both_ways(g, draws, K=3)
+    return policy - by_rl
+
+
+@check
+def what_bradley_terry_says_at_dcos_end(g: Generator) -> Tensor:
+    """At DCO's minimum Bradley-Terry is sigmoid(gamma_1 x the other's log-odds)."""
+    ref = table(g, 2, 2)
+    gamma_1, gamma_2 = positive(g, 2).tolist()
+    policy = dco.optimal_policy(ref, matrix(gamma_1, gamma_2), BETA)
+    return margin(policy, ref, BETA)[0].sigmoid() - (gamma_1 * to_odds(ref)[1]).sigmoid()

@@ -14,15 +14,23 @@ The sign matters, too: with both gammas negative and the right product, G_2 < 0 
 ranking upside down. The paper has its gammas in R+.
 """
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import dco
-from theory import Finding, contradiction, from_odds, margins, off, positive, rng, table, whole
+from theory import check
+from theory.toys import (
+    contradiction,
+    from_odds,
+    margins,
+    positive,
+    random_int,
+    table,
+    to_odds,
+    vector,
+)
 
-OPPOSED = torch.tensor([1.0, -1.0], dtype=torch.double)  # log-odds of two languages that disagree
+OPPOSED = vector(1, -1)  # log-odds of two languages that disagree
 
 
 def matrix(gamma_1: float, gamma_2: float) -> Tensor:
@@ -36,31 +44,44 @@ def contradicting_reference(gamma_1: float, gamma_2: float, beta: float) -> Tens
     return from_odds(torch.linalg.solve(Gamma, OPPOSED))
 
 
-def check(draws: int, seed: int) -> Iterator[Finding]:
-    g, gaps = rng(seed), []
-    for _ in range(draws):
-        gamma_1, beta, more = (float(positive(g)) for _ in range(3))
-        right, ref = beta**2 / gamma_1, table(g, 2, whole(g, 2, 8))
-        best = dco.optimal_policy(ref, matrix(gamma_1, right), beta)
-        line = margins(best[1]) - beta / gamma_1 * margins(best[0])
-        gamma_2 = right * (1 + more) if whole(g, 0, 1) else right / (1 + more)
-        bad = contradicting_reference(gamma_1, gamma_2, beta)
-        said = margins(dco.optimal_policy(bad, matrix(gamma_1, gamma_2), beta))[:, 0, 1]  # log-odds
-        upside = dco.optimal_policy(ref, matrix(-gamma_1, -right), beta)
-        turned = margins(upside[1]) + beta / gamma_1 * margins(upside[0])
-        gaps.append([off(x) for x in (contradiction(best), line, said - OPPOSED, turned)])
-    alike, line, converse, turned = torch.tensor(gaps).amax(0).tolist()
-    yield Finding("no pair of answers is contradicted (gap in nats of log-odds)", draws, alike)
-    words = "pi*'s log-odds in language 2 are gamma_2 / beta times those in language 1"
-    yield Finding(words, draws, line)
-    words = (
-        "converse: if gamma_1 gamma_2 is not beta^2, pi* says +1, -1 on a reference built for it"
-    )
-    (a, b), (x, y) = margins(bad)[:, 0, 1].tolist(), said.tolist()
-    shown = (
-        f"gamma = ({gamma_1:.3f}, {gamma_2:.3f}), beta = {beta:.3f}: reference log-odds "
-        f"({a:+.3f}, {b:+.3f}), pi* ({x:+.3f}, {y:+.3f})"
-    )
-    yield Finding(words, draws, converse, shown=shown)
-    words = "with negative gammas and that product, language 2 ranks upside down"
-    yield Finding(words, draws, turned)
+def reference_and_gammas(g: Generator) -> tuple[Tensor, float, float, float]:
+    """Any reference (2, K), and gamma_1, gamma_2, beta with gamma_1 gamma_2 = beta^2."""
+    gamma_1, beta = positive(g, 2).tolist()
+    return table(g, 2, random_int(g, 2, 8)), gamma_1, beta**2 / gamma_1, beta
+
+
+@check
+def the_two_languages_rank_alike(g: Generator) -> Tensor:
+    """If gamma_1 gamma_2 = beta^2, pi* contradicts itself on no pair of answers."""
+    ref, gamma_1, gamma_2, beta = reference_and_gammas(g)
+    return contradiction(dco.optimal_policy(ref, matrix(gamma_1, gamma_2), beta))
+
+
+@check
+def one_languages_log_odds_are_a_multiple_of_the_others(g: Generator) -> Tensor:
+    """pi*'s log-odds in language 2 are then gamma_2 / beta times those in language 1."""
+    ref, gamma_1, gamma_2, beta = reference_and_gammas(g)
+    first, second = margins(dco.optimal_policy(ref, matrix(gamma_1, gamma_2), beta))
+    return second - gamma_2 / beta * first
+
+
+@check
+def another_product_contradicts_itself_somewhere(g: Generator) -> tuple[Tensor, str]:
+    """Converse: if it is not beta^2, pi* says +1, -1 on the reference Gamma^-1 (1, -1)."""
+    _, gamma_1, gamma_2, beta = reference_and_gammas(g)
+    excess = 1 + float(positive(g))
+    gamma_2 = gamma_2 * excess if random_int(g, 0, 1) else gamma_2 / excess
+    ref = contradicting_reference(gamma_1, gamma_2, beta)
+    policy = dco.optimal_policy(ref, matrix(gamma_1, gamma_2), beta)
+    (a, b), (x, y) = to_odds(ref).tolist(), to_odds(policy).tolist()
+    setting = f"gamma = ({gamma_1:.3f}, {gamma_2:.3f}), beta = {beta:.3f}"
+    shown = f"{setting}: reference log-odds ({a:+.3f}, {b:+.3f}), pi* ({x:+.3f}, {y:+.3f})"
+    return to_odds(policy) - OPPOSED, shown
+
+
+@check
+def negative_gammas_turn_one_ranking_upside_down(g: Generator) -> Tensor:
+    """With negative gammas and that product, language 2 ranks upside down."""
+    ref, gamma_1, gamma_2, beta = reference_and_gammas(g)
+    first, second = margins(dco.optimal_policy(ref, matrix(-gamma_1, -gamma_2), beta))
+    return second + gamma_2 / beta * first

@@ -13,70 +13,91 @@ fixes how the candidates share their total probability and leaves the total free
 where nearly all has gone to other strings, and pi is not pi*. So a run logs that total.
 """
 
-import math
-from collections.abc import Callable, Iterator
-
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import dco
-from theory import Finding, kl, margins, off, positive, rng, table, whole, worst
+from theory import check, slow, worst
 from theory.lemma1 import OPPOSED
-from theory.product_of_experts import descend, objective
+from theory.product_of_experts import objective, toy, written_out
+from theory.toys import kl, margins, positive, random_gamma, random_int, table
 
 
 def loss_over(pairs: Tensor, logps: Tensor, ref_logps: Tensor, r: Tensor, beta: float) -> Tensor:
     """Eq. 11, the mean over the sampled pairs (E, 2) of answers: (..., K) each -> (...)."""
-    return dco.dco_loss(*(x[..., pairs] for x in (logps, ref_logps, r)), beta).mean(-1)
+    return dco.dco_loss(logps[..., pairs], ref_logps[..., pairs], r[..., pairs], beta).mean(-1)
 
 
-def minimum(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Where subgradient descent from log-probs `start` ends, its step ever halved: (..., K).
+def minimise_loss_over(
+    pairs: Tensor, start: Tensor, ref_logps: Tensor, r: Tensor, beta: float
+) -> Tensor:
+    """Log-probs (..., K) where subgradient descent on loss_over ends, from log-probs `start`.
 
-    A loss of absolute values falls at no less than some slope toward its minimum. So steps that
-    shrink by a fixed factor reach it to within the last of them, if that factor is near enough to 1
-    for the slope and the start; 30 steps of a size before it is halved are enough for these tables.
+    By Polyak's step, loss / |slope|^2: on a straight slope it leads to a loss of zero, the least
+    there is. A convex sum of absolute values then falls by some factor every few steps.
     """
-    return descend(loss, start, [8 / 2**n for n in range(40) for _ in range(30)])
+    logits = start.clone().requires_grad_()
+    for _ in range(3000):
+        loss = loss_over(pairs, logits.log_softmax(-1), ref_logps, r, beta)
+        if loss.max() < 1e-12:
+            break
+        (slope,) = torch.autograd.grad(loss.sum(), logits)
+        step = loss.detach() / slope.square().sum(-1).clamp(min=1e-300)  # not 0 / 0 at the end
+        logits.data -= step[..., None] * slope
+    return logits.detach().log_softmax(-1)
 
 
-def check(draws: int, seed: int) -> Iterator[Finding]:
-    g, K, beta = rng(seed), 5, 0.7
-    ref, gamma = table(g, draws, 2, K), positive(g, 2, 2).fill_diagonal_(0)
-    r, best = dco.align_reward(ref, gamma), dco.optimal_policy(ref, gamma, beta)
-    start, order = table(g, draws, 2, K), torch.randperm(K, generator=g).tolist()
-    every = torch.combinations(torch.arange(K))  # (K (K - 1) / 2, 2)
-    tree = torch.tensor([[order[k], order[whole(g, 0, k - 1)]] for k in range(1, K)])  # (K - 1, 2)
-    for name, pairs in ("all pairs", every), (f"K - 1 = {K - 1} pairs that connect", tree):
-        found = minimum(lambda logps: loss_over(pairs, logps, ref, r, beta) / beta, start)
-        apart = margins(dco.implicit_reward(found, ref, beta) - r)
-        gap = off(apart, loss_over(pairs, found, ref, r, beta))
-        words = f"{name}: descent from a random start ends at r-hat = r_ALIGN + c(x)"
-        yield Finding(words, draws, gap)
-        lost = objective(best, ref, r, beta) - objective(found, ref, r, beta)
-        words = f"{name}: the policy found has the highest J of Eq. 7, as RL would"
-        yield Finding(words, draws, worst(lost, kl(found, best)))
-    d = dco.implicit_reward(start, ref, beta) - r  # a random policy's
-    by_hand = sum((d[..., a] - d[..., b]).abs() for a, b in every.tolist()) / len(every)
-    gap = off(dco.dco_loss(start, ref, r, beta) - by_hand)
-    yield Finding("of more than two answers, Eq. 11 is the mean over all pairs, alike", draws, gap)
-    parts = torch.tensor([[0, 1], [2, 3], [3, 4]])  # nothing between {0, 1} and {2, 3, 4}
-    lifted = best.clone()
-    lifted[..., :2] -= best[..., :1] - best[..., 2:3] - OPPOSED[:, None]
-    lifted = lifted.log_softmax(-1)
-    odds = lifted[..., 0] - lifted[..., 2]  # answer 0 over answer 2: made +1 here and -1 there
-    gap = off(odds - OPPOSED, loss_over(parts, lifted, ref, r, beta))
-    words = "pairs that do not connect: zero loss, and the languages contradict each other by a nat"
-    yield Finding(words, draws, gap)
-    world, mass = table(g, draws, 2, K + 1), 4e-4  # the last string is no candidate
-    ref, r = world[..., :K], dco.align_reward(world, gamma)
-    inside = dco.optimal_policy(ref, gamma, beta) + math.log(mass)  # logs of what is left for them
-    policy = torch.cat([inside, torch.full_like(inside[..., :1], math.log1p(-mass))], -1)
-    best = dco.optimal_policy(world, gamma, beta)
+@check
+@slow
+def descent_ends_at_the_reward_and_at_pi_star(g: Generator) -> float:
+    """Over all pairs, or K - 1 that connect, descent ends at r_ALIGN + c(x), pi*, the highest J."""
+    ref, start, gamma, beta = toy(g)
+    r, best = written_out(ref, gamma), dco.optimal_policy(ref, gamma, beta)
+    K = ref.shape[-1]
+    order = torch.randperm(K, generator=g).tolist()
+    tree = [[order[k], order[random_int(g, 0, k - 1)]] for k in range(1, K)]
+    gaps = []
+    for pairs in torch.combinations(torch.arange(K)), torch.tensor(tree):
+        end = minimise_loss_over(pairs, start, ref, r, beta)
+        lost = objective(best, ref, r, beta) - objective(end, ref, r, beta)
+        gaps += [margins(beta * (end - ref) - r), end - best, lost]
+    return worst(*gaps)
+
+
+@check
+def the_loss_of_many_answers_is_the_mean_over_their_pairs(g: Generator) -> Tensor:
+    """Of more than two answers, Eq. 11 is the mean over all pairs, alike."""
+    ref, logps, gamma, beta = toy(g)
+    d = beta * (logps - ref) - written_out(ref, gamma)
+    K = ref.shape[-1]
+    terms = [(d[:, w] - d[:, l]).abs() for w in range(K) for l in range(w)]  # noqa: E741
+    return dco.dco_loss(logps, ref, written_out(ref, gamma), beta) - sum(terms) / len(terms)
+
+
+@check
+def pairs_that_do_not_connect_leave_contradictions(g: Generator) -> float:
+    """Pairs that do not connect: zero loss, and two languages contradict each other by a nat."""
+    ref, gamma, beta = table(g, 2, 5), random_gamma(g, 2), float(positive(g))
+    pairs = torch.tensor([[0, 1], [2, 3], [3, 4]])  # nothing between {0, 1} and {2, 3, 4}
+    lifted = dco.optimal_policy(ref, gamma, beta)
+    lifted[:, :2] -= lifted[:, :1] - lifted[:, 2:3] - OPPOSED[:, None]  # answer 0 over 2: +1, -1
+    odds = margins(lifted.log_softmax(-1))[:, 0, 2]
+    loss = loss_over(pairs, lifted.log_softmax(-1), ref, written_out(ref, gamma), beta)
+    return worst(odds - OPPOSED, loss)
+
+
+@check
+def other_strings_may_take_the_probability(g: Generator) -> tuple[float, str]:
+    """With a string that is no candidate: no loss at a total of 0.0004, J lower by beta KL."""
+    world, _, gamma, beta = toy(g)
+    world = torch.cat([world, table(g, len(world), 1)], -1).log_softmax(-1)  # it stands last
+    candidates = world[:, :-1]
+    total = torch.full((len(world), 1), 0.0004, dtype=torch.double)
+    shares = dco.optimal_policy(candidates, gamma, beta)
+    policy = torch.cat([shares + total.log(), (1 - total).log()], -1)
+    r, best = written_out(world, gamma), dco.optimal_policy(world, gamma, beta)
+    loss = dco.dco_loss(policy[:, :-1], candidates, r[:, :-1], beta)
     lost = objective(best, world, r, beta) - objective(policy, world, r, beta)
-    gap = off(dco.dco_loss(inside, ref, r[..., :K], beta), lost - beta * kl(policy, best))
-    gap += int((lost <= 0).sum())
-    words = "with a string that is no candidate: zero loss at a total of 0.0004, and J is lower"
-    total = best[..., :K].exp().sum(-1)
-    shown = f"total under pi* {total.mean():.2f}; J lower by {lost.mean():.2f}"
-    yield Finding(words, draws, gap, shown=shown)
+    total_of_best = best[0, :-1].exp().sum()
+    shown = f"one language: total under pi* {total_of_best:.1e}, J lower by {lost[0]:.1e}"
+    return worst(loss, lost - beta * kl(policy, best)), shown

@@ -14,16 +14,13 @@ Eq. 16 prints gamma_j for gamma_ij. Taken as printed, Gamma_ij = gamma_j / beta 
 which for N >= 3 has rank one only if all are beta. Eq. 18 as printed has gamma_i2 for gamma_i1.
 """
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import dco
-from theory import Finding, contradiction, from_odds, off, positive, rng, table, to_odds, whole
+from theory import check
 from theory.lemma1 import OPPOSED, matrix
-
-MIXED = torch.tensor([1, -1, 2], dtype=torch.double)
+from theory.toys import contradiction, from_odds, positive, random_gamma, random_int, table, to_odds
 
 
 def contradicting_reference(gamma: Tensor, beta: float, i: int, j: int) -> Tensor:
@@ -35,46 +32,81 @@ def contradicting_reference(gamma: Tensor, beta: float, i: int, j: int) -> Tenso
     return from_odds(torch.linalg.pinv(Gamma[[i, j]]) @ OPPOSED)
 
 
-def check(draws: int, seed: int) -> Iterator[Finding]:
-    g, gaps, misjudged, printed = rng(seed), [], 0, 0
-    for _ in range(draws):
-        L, beta = whole(g, 3, 6), float(positive(g))
-        ref, w = table(g, L, whole(g, 2, 8)), positive(g, L)
-        best = dco.optimal_policy(ref, dco.gamma_from_trust(w, beta), beta)
-        pooled = best - ((w[:, None] * ref).sum(0) / w[:, None]).log_softmax(-1)
-        u = positive(g, L)  # any rank-one Gamma with a unit diagonal, and the trust it is
-        rank_one = beta * (u[:, None] / u).fill_diagonal_(0)
-        trust = torch.cat([torch.ones(1), rank_one[0, 1:] / beta])
-        onto = dco.gamma_from_trust(trust, beta) - rank_one
-        free = positive(g, L, L).fill_diagonal_(0)
-        bad = contradicting_reference(free, beta, 0, 1)
-        odds = to_odds(dco.optimal_policy(bad, free, beta))[:2]
-        v = w.clone()
-        v[: whole(g, 1, L - 1)] *= -1
-        mixed, x = beta * (v / v[:, None]).fill_diagonal_(0), to_odds(table(g, L, 2))
-        turned = to_odds(dco.optimal_policy(from_odds(x), mixed, beta)) - (v * x).sum() / v
-        gaps.append([off(x) for x in (contradiction(best), pooled, onto, odds - OPPOSED, turned)])
-        late = rank_one.clone()  # the first rows are proportional, the last is not
-        late[-1, 0] *= 2
-        gamma_1, gamma_2 = positive(g, 2).tolist()
-        for gamma in rank_one, matrix(gamma_1, beta**2 / gamma_1):
-            misjudged += not dco.is_consistent(gamma, beta)
-        for gamma in free, mixed, late, matrix(gamma_1, gamma_2):
-            misjudged += dco.is_consistent(gamma, beta)
-        columns = positive(g, L).expand(L, L).clone().fill_diagonal_(0)  # Eq. 16, as printed
-        printed += dco.is_consistent(columns, beta)
-        printed += not dco.is_consistent(torch.full((L, L), beta).fill_diagonal_(0), beta)
-    alike, pooled, onto, converse, turned = torch.tensor(gaps).amax(0).tolist()
-    yield Finding("no pair of answers is contradicted between any two languages", draws, alike)
-    words = "converse: two rows not proportional: pi* says +1, -1 on a reference built for them"
-    yield Finding(words, draws, converse)
-    mixed, ref = (MIXED / MIXED[:, None]).fill_diagonal_(0), from_odds(7 * (MIXED == 2).double())
-    odds = to_odds(dco.optimal_policy(ref, mixed, 1.0))
-    words = "rank one with w of both signs: s / w_i; w = (1, -1, 2) at (0, 0, 7): 14, -14, 7"
-    yield Finding(words, draws, off(turned * MIXED, odds - 14 / MIXED))
-    yield Finding("trust: log pi*_i = (1 / w_i) sum_j w_j log pi_REF,j + const", draws, pooled)
-    yield Finding("trust reaches every positive rank-one Gamma", draws, onto)
-    words = "is_consistent tells these apart, and for N = 2 is Lemma 1 (gap: errors)"
-    yield Finding(words, draws, misjudged)
-    words = "Eq. 16 as printed, N >= 3: never of rank one, but for gamma_j = beta (gap: exceptions)"
-    yield Finding(words, draws, printed)
+def rank_one(w: Tensor, beta: float) -> Tensor:
+    """gamma with Gamma_ij = w_j / w_i, by hand; w may have both signs: (L,) -> (L, L)."""
+    return beta * (w[None, :] / w[:, None]).fill_diagonal_(0)
+
+
+def toy(g: Generator) -> tuple[Tensor, Tensor, float]:
+    """A reference (L, K) of three to six languages, their trust w (L,), and beta."""
+    L = random_int(g, 3, 6)
+    return table(g, L, random_int(g, 2, 8)), positive(g, L), float(positive(g))
+
+
+@check
+def all_languages_rank_alike(g: Generator) -> Tensor:
+    """If Gamma_ij = w_j / w_i, no two languages contradict each other on a pair of answers."""
+    ref, w, beta = toy(g)
+    return contradiction(dco.optimal_policy(ref, rank_one(w, beta), beta))
+
+
+@check
+def rows_that_are_not_proportional_contradict_somewhere(g: Generator) -> Tensor:
+    """Converse: two rows not proportional: pi* says +1, -1 on a reference built for them."""
+    ref, _, beta = toy(g)
+    gamma = random_gamma(g, len(ref))
+    policy = dco.optimal_policy(contradicting_reference(gamma, beta, 0, 1), gamma, beta)
+    return to_odds(policy)[:2] - OPPOSED
+
+
+@check
+def trust_of_both_signs_ranks_upside_down(g: Generator) -> Tensor:
+    """Rank one with w of both signs: log-odds s / w_i, for s = sum_j w_j x_j."""
+    ref, w, beta = toy(g)
+    w[: random_int(g, 1, len(w) - 1)] *= -1
+    x = to_odds(ref)
+    policy = dco.optimal_policy(from_odds(x), rank_one(w, beta), beta)
+    return to_odds(policy) - (w * x).sum() / w
+
+
+@check
+def trust_weighs_one_consensus(g: Generator) -> Tensor:
+    """Trust: log pi*_i = (1 / w_i) sum_j w_j log pi_REF,j + const."""
+    ref, w, beta = toy(g)
+    consensus = (w[:, None] * ref).sum(0)  # (K,)
+    pooled = (consensus / w[:, None]).log_softmax(-1)
+    return dco.optimal_policy(ref, dco.gamma_from_trust(w, beta), beta) - pooled
+
+
+@check
+def trust_reaches_every_positive_rank_one(g: Generator) -> Tensor:
+    """Each positive rank-one Gamma with a unit diagonal is that of the trust in its first row."""
+    _, u, beta = toy(g)
+    gamma = rank_one(1 / u, beta)
+    trust = torch.cat([torch.ones(1), gamma[0, 1:] / beta])
+    return dco.gamma_from_trust(trust, beta) - gamma
+
+
+@check
+def is_consistent_tells_them_apart(g: Generator) -> bool:
+    """dco.is_consistent is True for these alone, and for N = 2 is Lemma 1."""
+    _, w, beta = toy(g)
+    gamma_1, excess = positive(g, 2).tolist()
+    gamma_2 = beta**2 / gamma_1
+    last_row_off = rank_one(w, beta)
+    last_row_off[-1, 0] *= 2  # the first rows are still proportional
+    one_negative = rank_one(torch.cat([-w[:1], w[1:]]), beta)
+    other_product = matrix(gamma_1, gamma_2 * (1 + excess))
+    right = [rank_one(w, beta), matrix(gamma_1, gamma_2)]
+    wrong = [random_gamma(g, len(w)), last_row_off, one_negative, other_product]
+    judged = [dco.is_consistent(gamma, beta) for gamma in right + wrong]
+    return judged != [True, True, False, False, False, False]
+
+
+@check
+def eq_16_as_printed_is_not_of_rank_one(g: Generator) -> bool:
+    """Eq. 16 as printed, gamma_j for gamma_ij, N >= 3: of rank one only if all are beta."""
+    _, gamma_j, beta = toy(g)
+    printed = gamma_j.expand(len(gamma_j), -1).clone().fill_diagonal_(0)
+    all_beta = torch.full_like(printed, beta).fill_diagonal_(0)
+    return dco.is_consistent(printed, beta) or not dco.is_consistent(all_beta, beta)

@@ -1,4 +1,4 @@
-"""Sec. 6.5: calibrated experts gain by pooling; a vote, or a boast, can lose.
+"""Sec. 6.5: calibrated experts gain by pooling; a vote, or overconfidence, can lose.
 
 Why. Let the true answer y be drawn evenly, and each language see evidence e_i of its own, unrelated
 given y, and report it honestly: pi_REF,i(y) = P(y | e_i). By Bayes P(y | e_1 .. e_N) is
@@ -12,14 +12,15 @@ English alone. So do two languages that repeat the same evidence. Trust mends bo
 the more it overstates*; the column `optimum` of a run shows, before a step is taken, whether to.
 """
 
-from collections.abc import Iterator
 from itertools import product
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Generator, Tensor
 
 import dco
-from theory import Finding, off, positive, rng, table, vector, worst
+from theory import check
+from theory.toys import positive, table, vector
 
 
 def world(likelihood: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,58 +29,81 @@ def world(likelihood: Tensor) -> tuple[Tensor, Tensor]:
     likelihood: (L, S, K), P(e_i | y) of each of S signals.
     """
     L, S, K = likelihood.shape
-    seen = torch.tensor(list(product(range(S), repeat=L)))  # (E, L)
-    told = likelihood[torch.arange(L), seen]  # (E, L, K)
-    return told.prod(1) / K, told.log().log_softmax(-1)
+    evidence = torch.tensor(list(product(range(S), repeat=L)))  # (E, L)
+    of_evidence = likelihood[torch.arange(L), evidence]  # (E, L, K), P(e_i | y)
+    return of_evidence.prod(1) / K, of_evidence.log().log_softmax(-1)
 
 
-def symmetric(shares: list[float], K: int) -> Tensor:
-    """Languages that see the true answer with these shares, and else any other: (L, K, K)."""
+def random_world(g: Generator) -> tuple[Tensor, Tensor]:
+    """Three languages that see one of four signals each, three answers."""
+    return world(table(g, 3, 3, 4).exp().transpose(1, 2))
+
+
+def seeing(shares: list[float], K: int) -> tuple[Tensor, Tensor]:
+    """The world of languages that see the true answer with these shares, and else any other."""
     eye = torch.eye(K, dtype=torch.double)
-    return torch.stack([a * eye + (1 - a) / (K - 1) * (1 - eye) for a in shares])
+    return world(torch.stack([p * eye + (1 - p) / (K - 1) * (1 - eye) for p in shares]))
 
 
-def pool(reports: Tensor, boast: Tensor | float = 1.0) -> Tensor:
-    """log pi*, each language trusted by 1 / its boast, all alike by default: (E, L, K) -> same."""
-    trust = torch.ones(reports.shape[1], dtype=torch.double) / boast
-    return dco.optimal_policy(reports, dco.gamma_from_trust(trust, 1.0), 1.0)
+def pool(reports: Tensor, *trust: float) -> Tensor:
+    """The first language's log pi* at this trust: (E, L, K) -> (E, K)."""
+    return dco.optimal_policy(reports, dco.gamma_from_trust(vector(*trust), 1.0), 1.0)[:, 0]
 
 
-def accuracy(joint: Tensor, *answers: Tensor) -> Tensor:
-    """P(true) of each column of answers: P(e, y) (E, K), answers (E,) or (E, M) -> (sum of M,)."""
-    return joint.gather(1, torch.column_stack(answers)).sum(0)
+def right(joint: Tensor, *policies: Tensor) -> Tensor:
+    """How often the top answer of each policy (E, K) is true: P(e, y) (E, K) -> (n,)."""
+    answers = torch.stack([policy.argmax(-1) for policy in policies], 1)  # (E, n)
+    return joint.gather(1, answers).sum(0)
 
 
-def check(draws: int, seed: int) -> Iterator[Finding]:
-    g, bayes, short, mended = rng(seed), 0.0, 0.0, 0.0
-    for _ in range(draws):
-        joint, honest = world(table(g, 3, 4, 3).exp().transpose(1, 2))
-        posterior, pooled = (joint / joint.sum(-1, keepdim=True)).log(), pool(honest)
-        bayes = worst(bayes, off(pooled - posterior[:, None]))
-        fewer, vote = pool(honest[:, :2])[:, 0].argmax(-1), dco.majority_vote(honest)[0]
-        right = accuracy(joint, pooled[:, 0].argmax(-1), honest.argmax(-1), fewer, vote)
-        short = worst(short, right[1:] - right[0])
-        s = positive(g, 3)
-        consensus = pool((honest * s[:, None]).log_softmax(-1), s)[:, 0] / s[0]
-        mended = worst(mended, off(consensus.log_softmax(-1) - posterior))
-    yield Finding("honest, unrelated experts: pi* is the Bayes posterior", draws, bayes)
-    words = "right no less often than each language, than fewer, than their vote (gap: shortfall)"
-    yield Finding(words, draws, short)
-    yield Finding("languages that overstate: trust 1 / s_i restores the posterior", draws, mended)
-    (joint, reports), boast = world(symmetric([0.9, 0.5], 3)), vector(1, 10)
-    boasted = (reports * boast[:, None]).log_softmax(-1)
-    policies = reports, pool(reports), pool(boasted), pool(boasted, boast)
-    found = accuracy(joint, *(policy[:, 0].argmax(-1) for policy in policies))  # of language 1
-    words = "right at 0.9 with one at 0.5: 0.9; if it boasts tenfold: 0.5; with trust 1 / 10: 0.9"
-    yield Finding(words, 1, off(found - vector(0.9, 0.9, 0.5, 0.9)))
-    joint, reports = world(symmetric([0.7, 0.6], 3))
-    twice = reports[:, [0, 1, 1]]  # the weaker one's evidence, told in two languages
-    policies = pool(reports), pool(twice), pool(twice, vector(1, 2, 2))
-    found = accuracy(joint, *(policy[:, 0].argmax(-1) for policy in policies))
-    words = "right at 0.7 with one at 0.6: 0.7; that one told twice: 0.6; with trust 1 / 2: 0.7"
-    yield Finding(words, 1, off(found - vector(0.7, 0.6, 0.7)))
-    joint, reports = world(symmetric([0.9, 0.4, 0.4], 4))
-    found = accuracy(joint, dco.majority_vote(reports)[0], pool(reports)[:, 0].argmax(-1))
+@check
+def honest_experts_pool_into_the_posterior(g: Generator) -> Tensor:
+    """Honest, unrelated experts: pi* with equal trust is the Bayes posterior."""
+    joint, honest = random_world(g)
+    return pool(honest, 1, 1, 1) - (joint / joint.sum(-1, keepdim=True)).log()
+
+
+@check
+def no_rule_that_sees_less_is_right_more_often(g: Generator) -> Tensor:
+    """It is right no less often than each language, than two of them, than their vote."""
+    joint, honest = random_world(g)
+    vote = F.one_hot(dco.majority_vote(honest)[0], 3)
+    rules = [*honest.unbind(1), pool(honest[:, :2], 1, 1), vote]
+    return (right(joint, *rules) - right(joint, pool(honest, 1, 1, 1))).clamp(min=0)
+
+
+@check
+def trust_mends_overconfidence(g: Generator) -> Tensor:
+    """Languages that overstate by s_i: trust 1 / s_i restores the posterior."""
+    joint, honest = random_world(g)
+    s = positive(g, 3)
+    reports = (honest * s[:, None]).log_softmax(-1)
+    consensus = (pool(reports, *(1 / s).tolist()) / s[0]).log_softmax(-1)
+    return consensus - (joint / joint.sum(-1, keepdim=True)).log()
+
+
+@check
+def one_overconfident_language() -> Tensor:
+    """Right at 0.9 with one at 0.5: 0.9; if it overstates tenfold: 0.5; with trust 1 / 10: 0.9."""
+    joint, honest = seeing([0.9, 0.5], K=3)
+    reports = (honest * vector(1, 10)[:, None]).log_softmax(-1)
+    policies = [pool(honest, 1, 1), pool(reports, 1, 1), pool(reports, 1, 0.1)]
+    return right(joint, *policies) - vector(0.9, 0.5, 0.9)
+
+
+@check
+def one_evidence_in_two_languages() -> Tensor:
+    """Right at 0.7 with one at 0.6: 0.7; that one reported twice: 0.6; with trust 1 / 2: 0.7."""
+    joint, honest = seeing([0.7, 0.6], K=3)
+    twice = honest[:, [0, 1, 1]]
+    policies = [pool(honest, 1, 1), pool(twice, 1, 1, 1), pool(twice, 1, 0.5, 0.5)]
+    return right(joint, *policies) - vector(0.7, 0.6, 0.7)
+
+
+@check
+def a_vote_loses_by_its_weak_voters() -> Tensor:
+    """Right at 0.9 with two right at 0.4, of 4 answers: their vote 0.808, pi* 0.9."""
+    joint, honest = seeing([0.9, 0.4, 0.4], K=4)
+    vote = F.one_hot(dco.majority_vote(honest)[0], 4)
     lost, won = 0.9 * 3 * 0.2**2, 0.1 * 0.4**2  # both weak at one wrong answer, at the right
-    words = "right at 0.9 with two right at 0.4, of 4 answers: their vote 0.808, pi* 0.9"
-    yield Finding(words, 1, off(found - vector(0.9 - lost + won, 0.9)))
+    return right(joint, vote, pool(honest, 1, 1, 1)) - vector(0.9 - lost + won, 0.9)

@@ -9,16 +9,27 @@ The first term does not depend on pi; the second is zero at pi* and negative els
 J(pi*) = beta log Z. The gradient vanishes nowhere else: that of KL(pi || pi*) in the logits of a
 softmax is pi (log pi / pi* - KL), zero only where log pi / pi* is constant, that is, zero. With
 r = sum_j gamma_ij log pi_REF,j (Eq. 15), exp(r / beta) is a product of experts (Eq. 10).
+Nothing was asked of r: this is Eq. 2, for any reward. Where Eqs. 6 and 15 say "0 otherwise", pi* is
+pi_REF but for Z: answers without reward keep their odds. Those with one have r < 0, and lose share.
 Without beta > 0 the same identity makes pi* the worst policy there is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import dco
-from theory import Finding, kl, off, positive, rng, table, whole, worst
+from theory import check, worst
+from theory.toys import kl, margins, positive, random_gamma, random_int, table
+
+
+def written_out(ref: Tensor, gamma: Tensor) -> Tensor:
+    """r of Eq. 15 by plain sums, with no code of dco.py: (..., L, K), (L, L) -> (..., L, K)."""
+    reward = torch.zeros_like(ref)
+    for i in range(len(gamma)):
+        for j in range(len(gamma)):
+            if j != i:
+                reward[..., i, :] += gamma[i, j] * ref[..., j, :]
+    return reward
 
 
 def objective(logps: Tensor, ref_logps: Tensor, reward: Tensor, beta: float) -> Tensor:
@@ -26,41 +37,63 @@ def objective(logps: Tensor, ref_logps: Tensor, reward: Tensor, beta: float) -> 
     return (logps.exp() * reward).sum(-1) - beta * kl(logps, ref_logps)
 
 
-def descend(loss: Callable[[Tensor], Tensor], start: Tensor, steps: Iterable[float]) -> Tensor:
-    """Log-probs (..., K) after gradient descent on a table of logits, by steps of these sizes.
-
-    loss: (..., K) log-probs -> any shape, of which the sum is lowered.
-    """
-    logits = start.clone().requires_grad_()
-    for step in steps:
-        (slope,) = torch.autograd.grad(loss(logits.log_softmax(-1)).sum(), logits)
-        logits.data -= step * slope
-    return logits.detach().log_softmax(-1)
+def toy(g: Generator) -> tuple[Tensor, Tensor, Tensor, float]:
+    """A reference, another policy, both (L, K), gamma (L, L) and beta."""
+    L, K = random_int(g, 2, 5), random_int(g, 2, 8)
+    return table(g, L, K), table(g, L, K), random_gamma(g, L), float(positive(g))
 
 
-def check(draws: int, seed: int) -> Iterator[Finding]:
-    g, gaps = rng(seed), []
-    for _ in range(draws):
-        L, K, beta = whole(g, 2, 5), whole(g, 2, 8), float(positive(g))
-        ref, pi = table(g, L, K), table(g, L, K)
-        gamma = positive(g, L, L).fill_diagonal_(0)
-        reward = sum(gamma[:, j, None] * ref[j] for j in range(L))  # Eq. 15, no code of dco's
-        best = dco.optimal_policy(ref, gamma, beta)
-        J = objective(best, ref, reward, beta)
-        lead = J - objective(pi, ref, reward, beta) - beta * kl(pi, best)
-        log_Z = (ref + reward / beta).logsumexp(-1)
-        turned = (ref - reward / beta).log_softmax(-1)  # the maximiser, were beta negative
-        lost = objective(turned, ref, reward, -beta) - objective(pi, ref, reward, -beta)
-        gaps.append([off(x) for x in (lead, J - beta * log_Z, lost + beta * kl(pi, turned))])
-    lead, partition, lost = torch.tensor(gaps).amax(0).tolist()
-    yield Finding("J(pi*) - J(pi) = beta KL(pi || pi*) for any policy pi", draws, lead)
-    yield Finding("J(pi*) = beta log Z", draws, partition)
-    ref = torch.rand(draws, 3, 4, generator=g, dtype=torch.double).mul(2).log_softmax(-1)
-    gamma = torch.rand(3, 3, generator=g, dtype=torch.double).div(2).fill_diagonal_(0)
-    reward, best = dco.align_reward(ref, gamma), dco.optimal_policy(ref, gamma, 1.0)
-    steps = [2.0] * 2000  # near pi* J curves by beta / 2 at most: a step of 4 / beta would diverge
-    found = descend(lambda logps: -objective(logps, ref, reward, 1.0), ref, steps)
-    words = "gradient ascent of J on a table of logits ends at pi* (gap in nats of KL)"
-    yield Finding(words, draws, worst(kl(found, best)))
-    words = "without beta > 0, pi* is the worst: J(pi*) - J(pi) = -|beta| KL(pi || pi*)"
-    yield Finding(words, draws, lost)
+@check
+def any_policy_falls_short_by_its_kl(g: Generator) -> Tensor:
+    """J(pi*) - J(pi) = beta KL(pi || pi*) for any policy pi."""
+    ref, pi, gamma, beta = toy(g)
+    reward, best = written_out(ref, gamma), dco.optimal_policy(ref, gamma, beta)
+    lead = objective(best, ref, reward, beta) - objective(pi, ref, reward, beta)
+    return lead - beta * kl(pi, best)
+
+
+@check
+def ascent_ends_at_pi_star(g: Generator) -> Tensor:
+    """Mirror ascent of J, p <- softmax(log p + 0.1 / beta dJ/dp), goes from any policy to pi*."""
+    ref, logps, gamma, beta = toy(g)
+    reward = written_out(ref, gamma)
+    for _ in range(300):
+        slope = reward - beta * (logps - ref) - beta  # dJ/dp, of Eq. 7
+        logps = (logps + 0.1 / beta * slope).log_softmax(-1)
+    return logps.exp() - dco.optimal_policy(ref, gamma, beta).exp()
+
+
+@check
+def any_reward_has_the_optimum_of_eq_2(g: Generator) -> float:
+    """Eq. 2, any r: pi_REF exp(r / beta) / Z has J = beta log Z, a policy beta KL less."""
+    ref, pi, _, beta = toy(g)
+    reward = 5 * torch.randn(ref.shape, generator=g, dtype=torch.double)
+    best = (ref + reward / beta).log_softmax(-1)
+    log_Z = (ref + reward / beta).logsumexp(-1)
+    shortfall = beta * log_Z - objective(pi, ref, reward, beta) - beta * kl(pi, best)
+    return worst(objective(best, ref, reward, beta) - beta * log_Z, shortfall)
+
+
+@check
+def strings_without_reward_keep_their_odds(g: Generator) -> float:
+    """ "0 otherwise": strings without reward keep their odds, and the answers' share falls."""
+    world, _, gamma, beta = toy(g)
+    world = torch.cat([world, table(g, len(world), 2)], -1).log_softmax(-1)  # 2 strings at the end
+    reward = written_out(world, gamma)
+    reward[:, -2:] = 0
+    best = (world + reward / beta).log_softmax(-1)  # Eq. 2
+    change = margins(best - world)[:, -2:, -2:]
+    among_answers = best[:, :-2].log_softmax(-1) - dco.optimal_policy(world[:, :-2], gamma, beta)
+    share, share_before = best[:, :-2].exp().sum(-1), world[:, :-2].exp().sum(-1)
+    nowhere = dco.optimal_policy(world, 0 * gamma, beta) - world  # no reward at all: pi_REF
+    return worst(change, among_answers, (share - share_before).clamp(min=0), nowhere)
+
+
+@check
+def with_a_negative_beta_pi_star_is_the_worst(g: Generator) -> Tensor:
+    """Without beta > 0, pi* is the worst: J(pi*) - J(pi) = -|beta| KL(pi || pi*)."""
+    ref, pi, gamma, beta = toy(g)
+    reward = written_out(ref, gamma)
+    least = (ref - reward / beta).log_softmax(-1)  # Eq. 8 at -beta, which dco.py refuses
+    lead = objective(least, ref, reward, -beta) - objective(pi, ref, reward, -beta)
+    return lead + beta * kl(pi, least)

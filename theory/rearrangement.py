@@ -9,45 +9,52 @@ language's pi* is sorted like the *product* (Eq. 9), seldom like its reward. Con
 two products to agree, which is Lemma 1; reward alone would have each language copy the other.
 """
 
-from collections.abc import Iterator
 from itertools import permutations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import dco
-from theory import Finding, from_odds, off, positive, rng, table, to_odds, vector, whole, worst
+from theory import check
 from theory.lemma1 import matrix
+from theory.toys import from_odds, positive, random_int, table, to_odds, vector
 
 
-def best_order(probs: Tensor, reward: Tensor) -> Tensor:
-    """Of all K! ways to hand out probs (K,) to the answers, the one of the most reward: (K,)."""
-    orders = torch.tensor(list(permutations(range(len(probs)))))
-    return probs[orders[(probs[orders] * reward).sum(-1).argmax()]]
+def toy(g: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A reference (2, K), the reward in language 1 (K,), and a policy's probabilities (K,)."""
+    ref, gamma_1 = table(g, 2, random_int(g, 3, 6)), float(positive(g))
+    reward = dco.align_reward(ref, matrix(gamma_1, 1 / gamma_1))[0]
+    return ref, reward, table(g, len(reward)).exp()
 
 
-def check(draws: int, seed: int) -> Iterator[Finding]:
-    g, out_of_order, gain, unsorted = rng(seed), 0, 0.0, 0
-    for _ in range(draws):
-        K, gamma_1 = whole(g, 3, 6), float(positive(g))
-        ref = table(g, 2, K)
-        gamma = matrix(gamma_1, 1 / gamma_1)
-        reward = dco.align_reward(ref, gamma)[0]
-        probs = table(g, K).exp()
-        best = best_order(probs, reward)
-        out_of_order += best.argsort().tolist() != ref[1].argsort().tolist()
-        k, j = torch.randperm(K, generator=g)[:2].tolist()  # exchange two: the sum of the proof
-        swapped = probs.clone()
-        swapped[[k, j]] = probs[[j, k]]
-        by_hand = (probs[j] - probs[k]) * (reward[k] - reward[j])
-        gain = worst(gain, off(((swapped - probs) * reward).sum() - by_hand))
-        policy = dco.optimal_policy(ref, gamma, 1.0)[0]
-        unsorted += policy.argsort().tolist() != reward.argsort().tolist()
-    words = "of all K! orders the best is the other language's (gap: exceptions)"
-    yield Finding(words, draws, out_of_order)
-    yield Finding("exchanging two probabilities adds the product of the differences", draws, gain)
+@check
+def the_best_order_is_the_other_languages(g: Generator) -> bool:
+    """Of all K! orders of a policy's probabilities, the other language's has most reward."""
+    ref, reward, probs = toy(g)
+    orders = torch.tensor(list(permutations(range(len(probs)))))  # (K!, K)
+    best = probs[orders[(probs[orders] * reward).sum(-1).argmax()]]
+    return best.argsort().tolist() != ref[1].argsort().tolist()
+
+
+@check
+def an_exchange_adds_the_product_of_the_differences(g: Generator) -> Tensor:
+    """Exchanging two probabilities adds the product of the differences."""
+    _, reward, probs = toy(g)
+    k, j = torch.randperm(len(reward), generator=g)[:2].tolist()
+    exchanged = probs.clone()
+    exchanged[[k, j]] = probs[[j, k]]
+    gain = ((exchanged - probs) * reward).sum()
+    return gain - (probs[j] - probs[k]) * (reward[k] - reward[j])
+
+
+@check
+def yet_pi_star_is_not_in_that_order(g: Generator, draws: int) -> tuple[Tensor, str]:
+    """Yet pi* itself is not in that order: log-odds 4 against the reward's -1 give it 3."""
+    equal_trust = matrix(1.0, 1.0)
     ref = from_odds(vector(4, -1))  # language 2 disagrees, a bit
-    policy = to_odds(dco.optimal_policy(ref, matrix(1.0, 1.0), 1.0))
-    words = "yet pi* itself is not: log-odds 4 against the reward's -1 give it 3"
-    shown = f"at random, pi* is in its reward's order in {draws - unsorted} of {draws}"
-    yield Finding(words, 1, off(policy - 3), shown=shown)
+    odds = to_odds(dco.optimal_policy(ref, equal_trust, 1.0))
+    refs = table(g, draws, 2, 4)
+    policy = dco.optimal_policy(refs, equal_trust, 1.0)[:, 0]
+    same = int((policy.argsort() == refs[:, 1].argsort()).all(-1).sum())
+    shown = f"four answers at random: pi* is in its reward's order in {same} of {draws}"
+    return odds - 3, shown
