@@ -410,7 +410,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="their folders")
     parser.add_argument("--by", default="", metavar="FIELD", help="a row a value: subject, seen")
     parser.add_argument("--base", type=Path, metavar="RUN", help="take the base from this run")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw Figure 2 of these runs")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy and changes there")
     args = parser.parse_args()
     try:
         runs = [read_run(folder, args.base) for folder in args.runs]

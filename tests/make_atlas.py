@@ -51,25 +51,24 @@ TEMPLATES = {
 }  # fmt: skip
 
 
+def read(path) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
 def main() -> None:
     path = Path(__file__).parents[1] / "atlas.tsv"
     locales = [Locale(lang) for lang in LANGS]
-    with open(path, encoding="utf-8") as file:
-        by_hand = [row for row in csv.DictReader(file, delimiter="\t")]
-    capitals = {r["country"]: [r[x] for x in LANGS] for r in by_hand if r["relation"] == "capital"}
-    names = {
-        kind: [getattr(each, kind) for each in locales]
-        for kind in ("territories", "languages", "currencies")
-    }
-    table = {}
+    table = {}  # {(relation, country): words}
 
     def add(relation, country, kind, code):
-        words = [each.get(code) for each in names[kind]]
+        words = [getattr(locale, kind).get(code) for locale in locales]
         if None in words:
             print(f"{relation} of {country}: {code} has no name in {LANGS[words.index(None)]}")
         else:
             table[relation, country] = words
 
+    capitals = {row["country"]: row for row in read(path) if row["relation"] == "capital"}
     for codes, countries in REGIONS.items():
         region, continent = codes.split()
         for country in countries.split():
@@ -83,23 +82,21 @@ def main() -> None:
             if len(money) == 1:
                 add("currency", country, "currencies", money[0])
             if country in capitals:
-                table["capital", country] = capitals[country]
-    if len(sys.argv) > 1:
-        with open(sys.argv[1], encoding="utf-8") as file:
-            for row in csv.DictReader(file, delimiter="\t"):
-                new = table.get((row["relation"], row["country"]))
-                if new and new != (old := [row[lang] for lang in LANGS]):
-                    print(
-                        row["relation"],
-                        row["country"],
-                        *(f"{a!r}: {b!r}" for a, b in zip(old, new) if a != b),
-                    )
+                table["capital", country] = [capitals[country][lang] for lang in LANGS]
+    for row in read(sys.argv[1]) if len(sys.argv) > 1 else []:
+        new, old = table.get((row["relation"], row["country"])), [row[lang] for lang in LANGS]
+        if new and new != old:
+            changes = [f"{a!r}: {b!r}" for a, b in zip(old, new) if a != b]
+            print(row["relation"], row["country"], *changes)
+    rows = [["relation", "country", *LANGS]]
+    for relation, words in TEMPLATES.items():
+        rows.append(["template", relation, *(f"{{}}: {word}" for word in words)])
+    for (relation, country), words in table.items():
+        rows.append([relation, country, *words])
     with open(path, "w", encoding="utf-8") as file:
-        rows = [["template", r, *(f"{{}}: {x}" for x in words)] for r, words in TEMPLATES.items()]
-        rows += [[*key, *words] for key, words in table.items()]
-        file.writelines("\t".join(row) + "\n" for row in [["relation", "country", *LANGS], *rows])
-    count = {relation: sum(key[0] == relation for key in table) for relation in ("of", *TEMPLATES)}
-    print(", ".join(f"{relation} {n}" for relation, n in count.items()))
+        file.writelines("\t".join(row) + "\n" for row in rows)
+    for relation in ("of", *TEMPLATES):
+        print(relation, sum(key[0] == relation for key in table))
 
 
 if __name__ == "__main__":

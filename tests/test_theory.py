@@ -6,7 +6,6 @@ theory/'s tools. Domains: gamma, beta and trust between 1/20 and 20, log-odds wi
 
 import inspect
 import math
-import re
 import statistics
 from importlib import import_module
 from itertools import combinations
@@ -19,13 +18,9 @@ from hypothesis import strategies as st
 import dco
 import theory.__main__
 from theory import CHECKS, CLAIMS
-from theory.dpo_unbounded import margin
 from theory.lemma1 import contradicting_reference, matrix
 from theory.lemma2 import loss_over
-from theory.lemma3 import contradicting_reference as contradict_rows
-from theory.on_the_way import agreement, part_way
 from theory.random_pairs import pairwise_optimum
-from theory.toys import contradiction, path_of_descent
 
 positive = st.floats(0.05, 20)
 odds = st.floats(-30, 30)
@@ -148,20 +143,6 @@ def test_lemma_2_zero_loss_is_the_optimal_policy_iff_the_pairs_connect(pairs, lo
             assert loss_if_raised(some) > 0.9 * beta / len(pairs)
 
 
-@given(numbers(positive, 4, 4), positive)
-def test_lemma_3_converse_two_rows_not_proportional_contradict_each_other(gammas, beta):
-    gamma = tensor(gammas).fill_diagonal_(0)
-    Gamma = gamma / beta + torch.eye(4)
-    assume(torch.nn.functional.cosine_similarity(Gamma[0], Gamma[3], dim=0) < 0.999)
-    ref = contradict_rows(gamma, beta, 0, 3)
-    by_hand = (Gamma @ tensor(to_odds(ref))).tolist()  # Eq. 10
-    policy_odds = to_odds(dco.optimal_policy(ref, gamma, beta))
-    assert policy_odds == pytest.approx(by_hand, abs=1e-6)
-    assert policy_odds[0] == pytest.approx(1, abs=1e-6)
-    assert policy_odds[3] == pytest.approx(-1, abs=1e-6)
-    assert not dco.is_consistent(gamma, beta)
-
-
 # ---------------------------------------------------------- by hand: other losses, and the way
 @slow
 @given(numbers(odds, 4))
@@ -173,43 +154,6 @@ def test_random_pairs_regress_on_the_median_and_eq_15_on_the_sum(x):
     assert to_odds(pairwise) == pytest.approx(medians, abs=1e-5)
     joint = dco.optimal_policy(ref, equal_trust, 1.0)
     assert to_odds(joint) == pytest.approx([sum(x)] * 4, abs=1e-6)
-
-
-@given(odds, st.floats(0.01, 10), positive)
-def test_dpo_always_gains_by_a_larger_margin_and_dco_only_up_to_its_target(target, extra, beta):
-    ref, r = of_odds(0.0), of_odds(target)
-    at, beyond = of_odds(target / beta), of_odds((target + extra) / beta)
-    short = of_odds((target - extra) / beta)
-    assert dco.dpo_loss(beyond, ref, beta) < dco.dpo_loss(at, ref, beta)
-    assert float(dco.dco_loss(beyond, ref, r, beta)) == pytest.approx(extra, abs=1e-6)
-    assert float(dco.dco_loss(short, ref, r, beta)) == pytest.approx(extra, abs=1e-6)
-    assert float(dco.dco_loss(at, ref, r, beta)) < 1e-9 * (1 + abs(target))
-
-
-def test_dpo_descends_as_its_scalar_recursion_says():
-    ref, beta, m = of_odds(0.7), 0.5, 0.0
-    path = path_of_descent(lambda logps: dco.dpo_loss(logps, ref, beta), ref, [0.5] * 300)
-    for value in margin(path[1:], ref, beta)[:, 0].tolist():
-        m += 0.5 * 2 * beta**2 / (1 + math.exp(m))
-        assert value == pytest.approx(m, abs=1e-9)
-
-
-@given(numbers(odds, 2, 5), positive, numbers(st.floats(0, 1), 20, 2))
-def test_two_languages_never_lose_an_agreement_on_the_way(logits, trust, shares):
-    gamma = dco.gamma_from_trust(tensor([trust, 1.0]), 1.0)
-    t = tensor([[0, 0], *shares, [1, 1]]).sort(0).values  # of the way, each language at its pace
-    path = part_way(tensor(logits).log_softmax(-1), gamma, t)  # (22, 2, 5)
-    margins = path[..., :, None] - path[..., None, :]  # (22, 2, 5, 5)
-    agreed = margins.amin(1)  # above 0 where both languages prefer the first of a pair
-    assert (agreed[1:][agreed[:-1] > 1e-6] > 0).all()
-    if path[-1].sort(-1).values.diff().min() > 1e-6:  # else rounding decides in the end
-        assert agreement(path).diff().min() > -1e-9
-
-
-def test_contradiction_is_the_nats_by_which_two_languages_disagree():
-    assert float(contradiction(of_odds(3.0, 2.0))) == 0
-    assert float(contradiction(of_odds(3.0, -2.0))) == pytest.approx(2)
-    assert float(contradiction(of_odds(3.0, 1.0, -0.5))) == pytest.approx(0.5)
 
 
 @given(numbers(odds, 3, 4), positive)
@@ -245,28 +189,6 @@ def test_a_claim_that_fails_or_is_not_a_number_is_named(factor, capsys, monkeypa
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("FAIL lemma1") and lines[2].startswith("PASS rankc_chance")
     assert lines[3].startswith("1 of 2 claims hold") and lines[4] == "these do not: lemma1"
-
-
-def test_the_worst_gap_is_the_largest_by_absolute_value_and_nan_if_one_is():
-    assert theory.worst(0.0, tensor([[1], [-3]]), True) == 3.0
-    assert math.isnan(theory.worst(0.0, tensor([1, math.nan]), 2.0))
-
-
-REFUSED = [
-    (["lemma4"], "no claim lemma4; there are: product_of_experts, lemma1"),
-    (["--draws", "0"], "--draws 0: at least 1"),
-    (["lemma1", "--plot", "x"], "leave the claims out"),
-    (["--plot", "x"], r"needs matplotlib: pip install -e '.\[plot\]'"),
-]
-
-
-@pytest.mark.parametrize("arguments, message", REFUSED)
-def test_arguments_that_cannot_be_are_refused(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(theory.__main__, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        theory.__main__.main(arguments)
-    assert stop.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_three_figures_are_drawn(tmp_path, monkeypatch):
