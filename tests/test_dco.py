@@ -181,18 +181,21 @@ def test_sft_is_the_negative_log_likelihood():
 
 
 # ----------------------------------------------------------------------------------------- errors
-two, three, eye = torch.zeros(2), torch.zeros(2, 3), torch.eye(2)
+two, three = torch.zeros(2), torch.zeros(2, 3)
+one_on_the_diagonal = torch.tensor([[0.0, 1], [1, 1]])
 
 
 @pytest.mark.parametrize(
     "function, arguments, message",
     [
         (dco.align_reward, (three, torch.zeros(3, 3)), "not .*L, K"),
-        (dco.align_reward, (two, eye), "not .*L, K"),
-        (dco.align_reward, (three, eye), "gamma_ii must be 0"),
+        (dco.align_reward, (two, torch.zeros(2, 2)), "not .*L, K"),
+        (dco.align_reward, (three, one_on_the_diagonal), "gamma_ii must be 0"),
         (dco.dco_loss, (two[:1], two[:1], two[:1], 1.0), "two or more"),
         (dco.optimal_policy, (three, torch.zeros(2, 2), 0.0), "beta must be positive"),
-        (dco.dpo_loss, (two, two, -1.0), "beta must be positive"),
+        (dco.optimal_policy, (three, torch.zeros(2, 2), torch.inf), "beta must be positive"),
+        (dco.dpo_loss, (two, two, 0.0), "beta must be positive"),
+        (dco.dpo_loss, (two, two, torch.inf), "beta must be positive"),
         (dco.gamma_from_trust, (two, 1.0), "trust must be positive"),
         (dco.gamma_from_trust, (two + torch.inf, 1.0), "trust .* finite"),
     ],
