@@ -699,7 +699,8 @@ def main() -> None:
     config, finished = open_run(config)
     out, langs, rank = Path(config.out), config.langs, dist.get_rank()
     if finished:
-        return print0(f"{out} holds this run, finished; name another --out to run it again")
+        print0(f"{out} holds this run, finished; name another --out to run it again")
+        return dist.destroy_process_group()  # else its threads may abort the exit
 
     # Questions, and the model that answers them.
     questions = data.load(config.data, langs, print0)
@@ -807,4 +808,6 @@ if __name__ == "__main__":
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes see it; one says so
             print(f"error: {error}", file=sys.stderr)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         sys.exit(2)

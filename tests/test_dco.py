@@ -196,8 +196,8 @@ one_on_the_diagonal = torch.tensor([[0.0, 1], [1, 1]])
         (dco.optimal_policy, (three, torch.zeros(2, 2), torch.inf), "beta must be positive"),
         (dco.dpo_loss, (two, two, 0.0), "beta must be positive"),
         (dco.dpo_loss, (two, two, torch.inf), "beta must be positive"),
-        (dco.gamma_from_trust, (two, 1.0), "trust must be positive"),
-        (dco.gamma_from_trust, (two + torch.inf, 1.0), "trust .* finite"),
+        (dco.gamma_from_trust, (torch.tensor([1.0, 0]), 1.0), "trust must be positive"),
+        (dco.gamma_from_trust, (torch.tensor([1.0, torch.inf]), 1.0), "trust .* finite"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

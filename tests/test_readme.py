@@ -86,7 +86,7 @@ ELSEWHERE = {  # where it is run, or why not here
     "python train.py": "test_train.py runs it",
     "python -m pytest": "this is it",
     "python -m theory": "test_theory.py runs it",
-    "python tests/bench.py": "it takes half an hour",
+    "python tests/bench.py --peers": "it needs lm_eval and trl",
 }
 
 
