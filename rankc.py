@@ -378,13 +378,13 @@ def draw_clc(path: Path, metrics: dict, langs: list[str]) -> None:
 
 def draw_directions(path: Path, runs: list[Run]) -> None:
     """Figures 2 and 3: accuracy and changed answers of runs on the same questions."""
-    from matplotlib.figure import Figure
-
     langs, gold = runs[0].langs, [line["gold"] for line in runs[0].lines]
     ids = [line["id"] for line in runs[0].lines]
     for run in runs:
         if (run.langs, [line["id"] for line in run.lines]) != (langs, ids):
             raise ValueError(f"--plot: {run.name} has not the questions of {runs[0].name}")
+    from matplotlib.figure import Figure
+
     base = runs[0].table("base")
     scores = {"base": base} | {run.name: run.table("trained") for run in runs}
     means = {}  # {name: {measure: per cent}}
