@@ -157,7 +157,6 @@ def test_jsonl_reads_the_fields_of_question_and_ignores_others(tmp_path):
     "spec, langs, message",
     [
         ("nosuch:x", ["en"], "--data nosuch:x: expected one of atlas, bmlama"),
-        ("jsonl", ["en"], "--data jsonl: expected one of atlas, bmlama"),
         ("atlas", ["en", "en"], "name each language once"),
         ("atlas", [], "and at least one"),
         ("atlas", ["en", "country"], "no language 'country'; it has en, fr, es, sw"),

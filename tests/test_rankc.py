@@ -111,7 +111,7 @@ def test_each_measure_of_a_question_is_what_plain_loops_count(questions, gold, l
         assert measures[name].tolist() == pytest.approx(values, nan_ok=True), name
 
 
-def test_entropy_is_told_apart_by_whether_the_answer_is_right():
+def test_entropy_is_split_by_whether_the_answer_is_right():
     scores = torch.tensor([[[2.0, 0], [9, 2]], [[0, 0], [1, 4]], [[1, 0], [5, 0]]])
     *right, wrong = rankc.entropy(scores[:2]).flatten().tolist()
     # Without a right answer, the last question is neither.

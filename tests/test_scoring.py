@@ -274,7 +274,7 @@ def test_a_model_that_does_not_keep_answers_apart_is_refused(model, dtype):
 
 
 @pytest.mark.parametrize("error", [AttributeError, KeyError, torch.OutOfMemoryError])
-def test_what_a_model_raises_is_told_by_its_name_but_that_memory_runs_out_is_not(error):
+def test_what_a_model_raises_is_reported_by_its_name_but_not_that_memory_ran_out(error):
     model = tiny("llama")
     model.forward = mock.Mock(side_effect=error("chunked_attention"))
     config = train.Config(model="some/model", device="cpu", dtype="float32")

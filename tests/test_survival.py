@@ -215,7 +215,7 @@ def spoil_scores(bad):
     dco.completion_logps = spoilt
 
 
-def test_scores_that_are_no_numbers_are_told_with_their_questions(world, tmp_path):
+def test_scores_that_are_no_numbers_end_it_with_their_questions_named(world, tmp_path):
     """NaN, on either process, and minus infinity, which does not pass for a missing answer."""
     questions = training_questions(world)
     trees = data.encode(AutoTokenizer.from_pretrained(world / "model"), questions, LANGS)

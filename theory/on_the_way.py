@@ -72,9 +72,9 @@ def nor_along_descent_of_eq_11(g: Generator, draws: int) -> tuple[float, str]:
             lambda logps: step * dco.dco_loss(logps, refs, rewards, 1.0), refs, [1.0] * steps
         )
         nearest = (refs + rewards).sort(-1).values.diff().amin(-1)  # (draws, 2), under pi*
-        told_apart = (nearest > 4 * widest / steps).all(-1)
-        falls += [fall(path[:, i]).amax() for i in range(len(refs)) if told_apart[i]]
-    return worst(0.0, *falls), f"told apart in {len(falls)} of {3 * len(refs)} draws"
+        distinct = (nearest > 4 * widest / steps).all(-1)
+        falls += [fall(path[:, i]).amax() for i in range(len(refs)) if distinct[i]]
+    return worst(0.0, *falls), f"such a pi* in {len(falls)} of {3 * len(refs)} draws"
 
 
 @check
