@@ -105,8 +105,8 @@ def test_every_command_in_the_readme_runs(world, tmp_path, monkeypatch):
         if command in ELSEWHERE:
             continue
         command = re.sub(r"--langs( [a-z]{2})+", "--langs en es", command)  # all that is there
-        command = re.sub(r"(train|test)_questions \d+", r"\1_questions 3", command)
-        command = re.sub(r"bmlama:\S+", f"jsonl:{world}/q.jsonl", command)
+        command = re.sub(r"(train|test)_questions \S+", r"\1_questions 3", command)
+        command = re.sub(r"(bmlama|jsonl):\S+", f"jsonl:{world}/q.jsonl", command)
         command = re.sub(r"--model \S+", f"--model {world}/model --device cpu", command)
         program, *arguments = shlex.split(command)
         at = next(i for i, part in enumerate(arguments) if part.endswith(".py"))
