@@ -58,7 +58,7 @@ class Config:
     test_subjects: list[str] = HfArg(default_factory=list, help="hold out these subjects alone")
     split_seed: int = HfArg(default=0, help="seed of the split")
     # Method
-    method: Literal["dco", "sft", "dpo", "calm"] = HfArg(default="dco", help="what trains")
+    method: Literal["dco", "sft", "dpo", "calm"] = HfArg(default="dco", help="the objective")
     beta: float | None = HfArg(default=None, help="pull to the reference (1; dpo, calm: 0.1)")
     trust: list[str] = HfArg(default_factory=list, help="LANG=WEIGHT, else 1; more moves less")
     gamma: list[float] = HfArg(default_factory=list, help="instead of trust: 2 numbers, or L x L")

@@ -7,9 +7,9 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data import bmlama, original, published, xcsqa
 
 import data
+from test_data import bmlama, original, published, xcsqa
 
 SPEC = {  # the files that are damaged, one at a time, and the data set that each is of
     "es.tsv": "bmlama:{}",

@@ -1,4 +1,4 @@
-"""The paper's slips, recomputed from its own figures (README, "Departures")."""
+"""The paper's slips, recomputed from its own figures (`.github/departures.md`)."""
 
 import re
 from statistics import mean

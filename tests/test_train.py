@@ -15,6 +15,7 @@ import data
 import dco
 import train as program
 from conftest import LANGS, assert_same, launch, read, tiny_llama, train, weights
+from test_methods import by_counting
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +96,8 @@ def test_the_metrics_are_what_counting_in_the_answers_gives(alone):
 
 
 def test_the_saved_folder_scores_in_transformers_as_it_was_trained(alone):
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(alone[0]),
-        AutoTokenizer.from_pretrained(alone[0]),
-    )
+    model = AutoModelForCausalLM.from_pretrained(alone[0])
+    tokenizer = AutoTokenizer.from_pretrained(alone[0])
     line = read(alone[0], "answers.jsonl")[0]
     for lang, prompt in line["prompts"].items():
         start = len(tokenizer(prompt)["input_ids"])
@@ -125,17 +124,10 @@ GAMMA = {  # arguments of a run: its gamma, where it has one
 }
 
 
-def majority(base):
-    """The answer that most languages have on top; of several, the one with the highest sum."""
-    votes = Counter(top(nats) for nats in base.values())
-    sums = [sum(column) for column in zip(*base.values(), strict=True)]
-    return max(votes, key=lambda k: (votes[k], sums[k]))
-
-
 def candidates(arguments, question, base, n):
     """The answers that each language is trained on in the n-th draw, {language: [k]}."""
     if "calm" in arguments:  # the languages whose own top answer is another
-        winner = majority(base)
+        winner, _ = by_counting(list(base.values()))
         own = {lang: top(nats) for lang, nats in base.items()}
         return {lang: [winner, k] for lang, k in own.items() if k != winner}
     needs_gold = any(word in arguments for word in ("sft", "dpo", "gold"))
@@ -208,6 +200,15 @@ def test_the_first_loss_is_its_closed_form_in_the_references_nats(
     assert log[0]["probability"] == pytest.approx(sum(masses) / len(masses), rel=1e-4)
     assert ("rewards/margin" in log[0]) == ("sft" not in arguments)
     assert abs(log[0].get("rewards/margin", 0)) < 1e-4  # policy = reference, in whatever company
+
+
+def test_the_logs_margin_is_towards_r_align_and_consistency_is_of_one_order():
+    logps = torch.tensor([[[-1.0, -3], [-2, -1]], [[-1, -2], [-4, -5]]])  # margins 2, -1; 1, 1
+    r_align = torch.tensor([[[0.0, 1], [1, 0]]] * 2)  # English is to prefer the second answer
+    config, learns = settings(langs=["en", "es"], beta=0.5), torch.ones(2, 2, dtype=torch.bool)
+    metrics = program.step_metrics(logps, 0 * logps, r_align, torch.zeros(2, 2), learns, config)
+    assert metrics["rewards/margin"] == pytest.approx(0.5 * (-2 - 1 - 1 + 1) / 4)
+    assert metrics["consistent"] == 0.5
 
 
 def test_a_run_at_the_edge_ends_with_finite_numbers(world, tmp_path):
