@@ -194,10 +194,7 @@ def read_text(path: Path) -> str:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        beside = sorted(other.name for other in path.parent.glob(f"*{path.suffix}"))
-        raise InputError(
-            f"{path}: not a readable UTF-8 file ({error}); beside it: {beside}"
-        ) from error
+        raise InputError(f"{path}: not a readable UTF-8 file ({error})") from error
 
 
 def csv_rows(path: Path, columns: int, delimiter: str, header: bool) -> Rows:
@@ -237,20 +234,14 @@ def field(where: str, line: Any, name: str, kind: Any, default: Any = None) -> A
     return value
 
 
-def atlas() -> list[dict[str, str]]:
-    """The rows of atlas.tsv: relation, country, and the words in each language."""
-    text = read_text(Path(__file__).with_name("atlas.tsv"))
-    return list(csv.DictReader(io.StringIO(text), delimiter="\t"))
-
-
 def load_atlas(place: Path, langs: list[str], print0: Callable) -> Questions:
     """The embedded facts: 193 countries, five relations, en fr es sw, six candidates each."""
-    rows = atlas()
     unknown = set(langs) - {"en", "fr", "es", "sw"}
     if unknown:
         raise InputError(f"atlas has no language {min(unknown)!r}; it has en, fr, es, sw")
     relations = {}  # {relation: {country: row}}
-    for row in rows:
+    text = read_text(Path(__file__).with_name("atlas.tsv"))
+    for row in csv.DictReader(io.StringIO(text), delimiter="\t"):
         relations.setdefault(row["relation"], {})[row["country"]] = row
     names = relations.pop("of")  # the countries' own
     templates = relations.pop("template")  # a sentence a relation, {} for the country
@@ -400,10 +391,7 @@ def load_xcsqa(place: Path, langs: list[str], print0: Callable) -> Questions:
 
     The published files permute the options of each language, which `align` refuses. An aligned copy
     comes as jsonl:FILE, under the prompt that `align` writes, with the settings of Apps. G and H,
-    `--train_questions 800 --pairs_per_question 7` and for Gemma `--lr 1e-6`:
-
-        {"id": "d91", "gold": 1, "prompts": {"en": "Where is it?\\nA. lake\\n ... \\nAnswer:", ...},
-         "answers": {"en": [" A", " B", " C", " D", " E"], ...}}
+    `--train_questions 800 --pairs_per_question 7` and for Gemma `--lr 1e-6`.
     """
     rows = {lang: [] for lang in langs}
     for lang in langs:

@@ -1,13 +1,12 @@
-"""Writes atlas.tsv: `pip install babel==2.18.0; python tests/make_atlas.py [OLD.tsv]`.
+"""Writes atlas.tsv: `pip install babel==2.18.0; python tests/make_atlas.py`.
 
 The names of countries, regions, languages and currencies in four languages, and who speaks and
 pays what, are the Unicode CLDR's (its licence: unicode.org/license.txt). Which region holds which
 country is the United Nations' M49, and written here. Capitals are written by hand, in atlas.tsv
-alone, and stay as they are. OLD.tsv: a table to check the new one against.
+alone, and stay as they are.
 """
 
 import csv
-import sys
 from pathlib import Path
 
 from babel import Locale
@@ -51,11 +50,6 @@ TEMPLATES = {
 }  # fmt: skip
 
 
-def read(path) -> list[dict]:
-    with open(path, encoding="utf-8") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
-
-
 def main() -> None:
     path = Path(__file__).parents[1] / "atlas.tsv"
     locales = [Locale(lang) for lang in LANGS]
@@ -68,7 +62,9 @@ def main() -> None:
         else:
             table[relation, country] = words
 
-    capitals = {row["country"]: row for row in read(path) if row["relation"] == "capital"}
+    with open(path, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    capitals = {row["country"]: row for row in rows if row["relation"] == "capital"}
     for codes, countries in REGIONS.items():
         region, continent = codes.split()
         for country in countries.split():
@@ -83,11 +79,6 @@ def main() -> None:
                 add("currency", country, "currencies", money[0])
             if country in capitals:
                 table["capital", country] = [capitals[country][lang] for lang in LANGS]
-    for row in read(sys.argv[1]) if len(sys.argv) > 1 else []:
-        new, old = table.get((row["relation"], row["country"])), [row[lang] for lang in LANGS]
-        if new and new != old:
-            changes = [f"{a!r}: {b!r}" for a, b in zip(old, new) if a != b]
-            print(row["relation"], row["country"], *changes)
     rows = [["relation", "country", *LANGS]]
     for relation, words in TEMPLATES.items():
         rows.append(["template", relation, *(f"{{}}: {word}" for word in words)])
