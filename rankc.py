@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations, permutations
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
@@ -175,10 +176,10 @@ def chance_levels(scores: Tensor) -> dict[str, float]:
     return {name: total / len(sizes) for name, total in means.items()}
 
 
-def report(
-    title: str, tables: dict[str, Tensor], ids: list[str], gold: list[int | None], langs: list[str]
-) -> tuple[str, dict]:
-    """A split's measures: a Markdown table, a column a stage, and the same as JSON.
+def measure(
+    tables: dict[str, Tensor], ids: list[str], gold: list[int | None], langs: list[str]
+) -> dict:
+    """What metrics.json has of a split: {stage: {measure: (mean, standard error)}} and more.
 
     tables: "base", "optimum" (pi*) and, once there is one, "trained"; (Q, L, K) nats each.
     """
@@ -191,35 +192,64 @@ def report(
     metrics = {"questions": len(ids), "chance": chance_levels(tables["base"])}
     for stage, by_name in measures.items():
         metrics[stage] = {name: mean_and_error([(ids, x)]) for name, x in by_name.items()}
-
-    rows = [[title, "chance", *measures]]
-    for name in measures["base"]:
-        if name == f"clc_{reference_language(langs)}" and len(langs) == 2:
-            continue  # it is CLC
-        kind = name.partition("/")[0].partition("_")[0]
-        kind = "accuracy" if kind == "top1" else kind  # best answers at random agree as often
-        row = [name.replace("_", " ").replace("/", " ")]
-        row.append(percent(metrics["chance"].get(kind, math.nan)))
-        for stage in measures:
-            row.append(with_error(metrics[stage][name], signed=stage == "change"))
-        rows.append(row)
-
     for stage, scores in tables.items():
         metrics[stage]["clc_matrix"] = clc(scores).tolist()
         metrics[stage]["entropy"] = entropy_by_outcome(scores, gold)
-    return format_table(rows), metrics
+    return metrics
 
 
-def percent(share: float) -> str:
-    return "" if math.isnan(share) else f"{100 * share:.1f}"
+def report(metrics: dict, questions: list, tables: dict[str, Tensor], langs: list[str]) -> str:
+    """What a run prints: a table of the held-out questions, three changed answers, what rose.
+
+    metrics: {split: measure(...)}; questions and tables are the held-out ones.
+    """
+    first, test = reference_language(langs), metrics["test"]
+    titles = {"base": "before", "trained": "after", "change": "change", "optimum": "pi*"}
+    stages = [stage for stage in titles if stage in test]
+    names = {"CLC": "clc", f"CLC-{first}": f"clc_{first}", "same best answer": "top1_agreement"}
+    if len(langs) == 2:
+        del names[f"CLC-{first}"]  # it is CLC
+    names.update({f"accuracy {lang}": f"accuracy/{lang}" for lang in langs})
+    rows = [[f"{test['questions']} held out, per cent", *(titles[stage] for stage in stages)]]
+    for label, name in names.items():
+        rows.append([label, *(with_error(test[x][name], x == "change") for x in stages)])
+    if "change" not in stages:
+        return format_table(rows)
+    train = {name: with_error(value, True) for name, value in metrics["train"]["change"].items()}
+    accuracies = ", ".join(f"{lang} {train[f'accuracy/{lang}']}" for lang in langs)
+    lines = [format_table(rows), f"Trained on: CLC {train['clc']}, accuracy {accuracies}"]
+    lines += changed_answers(questions, tables, langs)[:4]  # a heading and three
+    sure = {"rose": [], "fell": []}
+    for label, name in names.items():
+        change, error = test["change"][name]
+        if abs(change) > 2 * error:
+            sure["rose" if change > 0 else "fell"].append(label)
+    verdict = "; ".join(f"{', '.join(sure[verb]) or 'nothing'} {verb}" for verb in sure)
+    lines.append(f"Held out, by more than two standard errors: {verdict}.")
+    return "\n".join(lines)
+
+
+def changed_answers(questions: list, tables: dict, langs: list[str]) -> list[str]:
+    """Each question with another best answer than before, in its first such language, a line."""
+    before, after = tables["base"].argmax(-1), tables["trained"].argmax(-1)  # (Q, L)
+    lines = {}  # {q: line}
+    for q, i in (before != after).nonzero().tolist():
+        prompt, gold = shorten(questions[q].prompts[langs[i]], 50), questions[q].gold
+        answers = [answer.strip() for answer in questions[q].answers[langs[i]]]
+        change = f"{answers[before[q, i]]} -> {answers[after[q, i]]}"
+        right = "unknown" if gold is None else answers[gold]
+        lines.setdefault(q, f"  {langs[i]}: {prompt} {change} (right: {right})")
+    return [f"{len(lines)} held-out questions have another best answer now:", *lines.values()]
+
+
+def percent(share: float, form: str = ".1f") -> str:
+    return "-" if math.isnan(share) else f"{100 * share:{form}}"
 
 
 def with_error(value: tuple[float, float], signed: bool = False) -> str:
-    """A share and its standard error, in per cent; nothing where it is not known."""
+    """A share and its standard error, in per cent; - where it is not known."""
     share, error = value
-    if math.isnan(share):
-        return ""
-    text = f"{100 * share:+.1f}" if signed else percent(share)
+    text = percent(share, "+.1f" if signed else ".1f")
     return text if math.isnan(error) else f"{text} ± {percent(error)}"
 
 
@@ -360,19 +390,19 @@ def draw_clc(path: Path, metrics: dict, langs: list[str]) -> None:
     side = max(3.2, 0.5 * len(langs) + 1)
     figure = Figure(figsize=(2 * side + 1, side + 0.4), layout="constrained")
     panels = {
-        "CLC before training, per cent": (before, "viridis", 0, 100),
-        "change by training, points": (change, "RdBu", -reach, reach),
+        "CLC before training, per cent": (before, "viridis", 0, 100, ".1f"),
+        "change by training, points": (change, "RdBu", -reach, reach, "+.1f"),
     }
     ticks = range(len(langs))
     for axes, (name, panel) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        values, colours, low, high = panel
+        values, colours, low, high, form = panel
         image = axes.imshow(values, colours, vmin=low, vmax=high)
         axes.set(title=name, xticks=ticks, yticks=ticks, xticklabels=langs, yticklabels=langs)
         for a, b in permutations(ticks, 2):
             look = {"ha": "center", "va": "center", "fontsize": 8, "backgroundcolor": "#ffffff80"}
-            axes.text(b, a, f"{values[a, b]:.1f}", **look)
+            axes.text(b, a, f"{values[a, b]:{form}}", **look)
         figure.colorbar(image, ax=axes, shrink=0.8)
-    figure.suptitle(f"{metrics['questions']} questions", fontsize=10)
+    figure.suptitle(f"{metrics['questions']} held-out questions", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

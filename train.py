@@ -654,8 +654,8 @@ def print0(text: str) -> None:
 
 def describe(model: nn.Module, tokenizer: Any, trees: list[Tree], config: Config) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
-    where = f"{dist.get_world_size()} x {config.device}"
-    lines = [f"{model.num_parameters():,} parameters on {where}; {config}"]
+    where = f"{dist.get_world_size()} x {config.device}, {config.dtype}"
+    lines = [f"{model.num_parameters():,} parameters on {where}; settings: {config.out}/run.json"]
     for lang, tree in zip(config.langs[:2], trees, strict=False):
         answers = [tokenizer.decode(branch) for branch in tree.branches]
         lines.append(f"  {lang}: {tokenizer.decode(tree.prefix)!r} + {answers}")
@@ -671,15 +671,16 @@ def forecast(name: str, ref_logps: Tensor, questions: list[Question], config: Co
     known = [q for q, question in enumerate(questions) if question.gold is not None]
     gold = torch.tensor([questions[q].gold for q in known])
     base = ref_logps[known].double()
-    policies = {"base": base}
+    before = rankc.accuracy(base, gold).tolist()
+    rows = [
+        [f"accuracy on {name}, per cent", *config.langs],
+        ["before", *map(rankc.percent, before)],
+    ]
     for weight in (1, 2, 3, 5, 10):
         trust = torch.tensor([weight if lang == first else 1 for lang in config.langs]).double()
         gamma = dco.gamma_from_trust(trust, config.beta)
-        optimum = dco.optimal_policy(base, gamma, config.beta)
-        policies[f"pi*, --trust {first}={weight}"] = optimum
-    rows = [[f"forecast, {name}", *config.langs]]
-    for label, scores in policies.items():
-        rows.append([label, *(rankc.percent(float(x)) for x in rankc.accuracy(scores, gold))])
+        then = rankc.accuracy(dco.optimal_policy(base, gamma, config.beta), gold).tolist()
+        rows.append([f"forecast, --trust {first}={weight}", *map(rankc.percent, then)])
     return rankc.format_table(rows)
 
 
@@ -720,7 +721,6 @@ def main() -> None:
         base = score(model, part, trees[name], config, f"reference {name}")
         optimum = dco.optimal_policy(base.double(), gamma, config.beta)
         tables[name] = {"base": base, "optimum": optimum}
-    seconds["reference"] = time.time() - began
     # Trust is chosen by the forecast, so it looks at no label of a test that follows.
     shown = "test" if config.eval_only else "train"
     print0(f"\n{forecast(shown, tables[shown]['base'], splits[shown], config)}")
@@ -731,15 +731,14 @@ def main() -> None:
         metrics["tokens"] = {"train": tokens}
         seconds["train"] = time.time() - began
         save_model(model, tokenizer, out)
-        for name, part in splits.items():
+    for name, part in splits.items():
+        if not config.eval_only:
             desc = f"evaluate {name}"
             tables[name]["trained"] = score(model, part, trees[name], config, desc)
-        seconds["evaluate"] = time.time() - began
-    for name, part in splits.items():
         ids, gold = [question.id for question in part], [question.gold for question in part]
-        title = f"{name}, {len(part)} questions"
-        table, metrics[name] = rankc.report(title, tables[name], ids, gold, langs)
-        print0(f"\n{table}")
+        metrics[name] = rankc.measure(tables[name], ids, gold, langs)
+    seconds["evaluate"] = time.time() - began
+    print0(f"\n{rankc.report(metrics, test_part, tables['test'], langs)}")
     if rank == 0:
         trained_on = {question.prompts[rankc.reference_language(langs)] for question in train_part}
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs, trained_on)
@@ -752,7 +751,7 @@ def main() -> None:
         write_whole(out / "metrics.json", json.dumps(metrics, indent=1).replace("NaN", "null"))
         for folder in checkpoints(config).values():
             shutil.rmtree(folder)
-    print0(f"\nwrote {out}")
+    print0(f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
     dist.barrier()
     dist.destroy_process_group()
 

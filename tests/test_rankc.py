@@ -157,7 +157,7 @@ def drawn_tables(seed: int, L=3) -> dict[str, torch.Tensor]:
 def cells(text: str, name: str) -> list[str]:
     """The cells of the row with this label."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    (row,) = [row for row in rows if row[0] == name]
+    (row,) = [row for row in rows if row[:1] == [name]]
     return row[1:]
 
 
@@ -167,6 +167,19 @@ def shown(values: torch.Tensor, form: str = ".1f") -> str:
     return f"{100 * values.mean().item():{form}} ± {100 * error:.1f}"
 
 
+def questions_of(tables, langs):
+    """Questions to which these tables belong; the second answer is right."""
+    questions = []
+    for q, table in enumerate(tables["base"]):
+        K = int((~torch.isneginf(table[0])).sum())
+        prompts, answers = (
+            dict.fromkeys(langs, f"prompt {q}"),
+            dict.fromkeys(langs, tuple("abcd"[:K])),
+        )
+        questions.append(data.Question(str(q), ["law", "art"][q % 2], 1, prompts, answers))
+    return questions
+
+
 def measures_of(tables, stage, langs=LANGS):
     """What each question measures, {name: (Q,)}: against plain loops above."""
     return rankc.per_question(tables[stage], tables["base"], [1] * 40, langs)
@@ -174,15 +187,19 @@ def measures_of(tables, stage, langs=LANGS):
 
 def test_a_report_has_a_row_a_measure_and_a_column_a_stage_with_errors():
     tables = drawn_tables(1)
-    text, metrics = rankc.report("test, 40 questions", tables, IDS, [1] * 40, LANGS)
-    assert cells(text, "test, 40 questions") == ["chance", *tables, "change"]
+    metrics = rankc.measure(tables, IDS, [1] * 40, LANGS)
+    both = {"train": metrics, "test": metrics}
+    text = rankc.report(both, questions_of(tables, LANGS), tables, LANGS)
+    assert cells(text, "40 held out, per cent") == ["before", "after", "change", "pi*"]
+    labels = {"clc": "CLC", "clc_en": "CLC-en", "top1_agreement": "same best answer"}
     measures = {stage: measures_of(tables, stage) for stage in tables}
     for name in measures["base"]:
-        values = {stage: measures[stage][name] for stage in tables}
-        row = cells(text, name.replace("_", " ").replace("/", " "))
-        change = values["trained"] - values["base"]
-        assert row[1:] == [*map(shown, values.values()), shown(change, "+.1f")]
-        values["change"] = change
+        before, optimum, after = (measures[stage][name] for stage in tables)
+        change = after - before
+        if name in labels or name.startswith("accuracy"):
+            row = cells(text, labels.get(name, name.replace("/", " ")))
+            assert row == [shown(before), shown(after), shown(change, "+.1f"), shown(optimum)]
+        values = {"base": before, "optimum": optimum, "trained": after, "change": change}
         for stage, x in values.items():
             expected = [x.mean().item(), stdev(x.tolist()) / 40**0.5]
             assert metrics[stage][name] == pytest.approx(expected, abs=1e-9)
@@ -191,29 +208,40 @@ def test_a_report_has_a_row_a_measure_and_a_column_a_stage_with_errors():
         "accuracy": (39 / 4 + 1 / 2) / 40,
     }
     assert metrics["chance"] == pytest.approx(chances)
-    labels = ("clc en", "accuracy sw", "top1 agreement", "changed en")
-    assert [cells(text, label)[0] for label in labels] == ["38.3", "25.6", "25.6", ""]
     assert metrics["trained"]["clc_matrix"] == rankc.clc(tables["trained"]).tolist()
     assert metrics["base"]["entropy"] == rankc.entropy_by_outcome(tables["base"], [1] * 40)
 
 
 def test_a_report_leaves_out_what_is_not_known():
     base = drawn_tables(2, L=2)["base"]
-    text, metrics = rankc.report("test", {"base": base}, IDS, [None] * 40, ["es", "fr"])
+    metrics = rankc.measure({"base": base}, IDS, [None] * 40, ["es", "fr"])
     assert all(map(math.isnan, metrics["base"]["accuracy/es"])) and metrics["base"]["clc"][0] > 0
-    assert cells(text, "accuracy es") == ["25.6", ""] and "change" not in metrics
-    assert "clc es" not in text  # of two languages it is CLC
+    text = rankc.report({"test": metrics}, [], {"base": base}, ["es", "fr"])
+    assert cells(text, "accuracy es") == ["-"] and "change" not in metrics
+    assert "CLC-es" not in text  # of two languages it is CLC
+
+
+def test_a_report_says_what_surely_changed_and_shows_answers_that_did():
+    """By hand: ten questions; English turns right in all, Spanish in one, Swahili wrong in all."""
+    langs, right, wrong = ["en", "es", "sw"], [0.0, 1.0], [1.0, 0.0]
+    before = torch.tensor([[wrong, wrong, right]] * 10)
+    after = torch.tensor([[right, right, wrong], *[[right, wrong, wrong]] * 9])
+    tables = {"base": before, "optimum": before, "trained": after}
+    metrics = rankc.measure(tables, IDS[:10], [1] * 10, langs)
+    both, questions = {"train": metrics, "test": metrics}, questions_of(tables, langs)
+    assert rankc.report(both, questions, tables, langs).splitlines()[-6:] == [
+        "Trained on: CLC +0.0 ± 0.0, accuracy en +100.0 ± 0.0, es +10.0 ± 10.0, sw -100.0 ± 0.0",
+        "10 held-out questions have another best answer now:",
+        *[f"  en: prompt {q} a -> b (right: b)" for q in range(3)],
+        "Held out, by more than two standard errors: accuracy en rose; CLC-en, accuracy sw fell.",
+    ]
 
 
 # ------------------------------------------------------------------------- runs beside each other
 def finished(folder, tables, langs=LANGS):
     """What rankc.py reads of a run; the first ten prompts are also training questions'."""
     folder.mkdir()
-    questions = []
-    for q in range(len(tables["base"])):
-        prompts = dict.fromkeys(langs, f"prompt {q}")
-        answers = dict.fromkeys(langs, ("a", "b") if q == 3 else ("a", "b", "c", "d"))
-        questions.append(data.Question(str(q), ["law", "art"][q % 2], 1, prompts, answers))
+    questions = questions_of(tables, langs)
     splits = {"train": questions[:1], "test": questions}
     by_split = {"train": {stage: table[:1] for stage, table in tables.items()}, "test": tables}
     trained_on = {f"prompt {q}" for q in range(10)}
@@ -336,7 +364,7 @@ def figures(monkeypatch):
 
 def test_the_picture_of_clc_shows_every_pair_in_numbers_and_centres_the_change(figures):
     tables = drawn_tables(1)
-    _, metrics = rankc.report("test", tables, IDS, [1] * 40, LANGS)
+    metrics = rankc.measure(tables, IDS, [1] * 40, LANGS)
     rankc.draw_clc("clc.png", metrics, LANGS)
     before = 100 * rankc.clc(tables["base"])
     change = 100 * rankc.clc(tables["trained"]) - before
@@ -344,8 +372,9 @@ def test_the_picture_of_clc_shows_every_pair_in_numbers_and_centres_the_change(f
     for axes, matrix, limits in zip(panels, (before, change), ((0, 100), (-25, 25)), strict=True):
         assert [label.get_text() for label in axes.get_xticklabels()] == LANGS
         numbers = {text.get_position(): text.get_text() for text in axes.texts}
+        form = ".1f" if matrix is before else "+.1f"
         pairs = permutations(range(3), 2)
-        assert numbers == {(b, a): f"{matrix[a, b]:.1f}" for a, b in pairs}
+        assert numbers == {(b, a): f"{matrix[a, b]:{form}}" for a, b in pairs}
         assert axes.images[0].get_clim() == limits
 
 
