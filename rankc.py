@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations, permutations
 from pathlib import Path
-from textwrap import shorten
 from typing import NamedTuple
 
 import torch
@@ -234,11 +233,13 @@ def changed_answers(questions: list, tables: dict, langs: list[str]) -> list[str
     before, after = tables["base"].argmax(-1), tables["trained"].argmax(-1)  # (Q, L)
     lines = {}  # {q: line}
     for q, i in (before != after).nonzero().tolist():
-        prompt, gold = shorten(questions[q].prompts[langs[i]], 50), questions[q].gold
-        answers = [answer.strip() for answer in questions[q].answers[langs[i]]]
-        change = f"{answers[before[q, i]]} -> {answers[after[q, i]]}"
-        right = "unknown" if gold is None else answers[gold]
-        lines.setdefault(q, f"  {langs[i]}: {prompt} {change} (right: {right})")
+        question, lang = questions[q], langs[i]
+        prompt = " ".join(question.prompts[lang].split())
+        prompt = prompt if len(prompt) <= 60 else f"... {prompt[-56:]}"
+        answers = [answer.strip() for answer in question.answers[lang]]
+        right = "unknown" if question.gold is None else answers[question.gold]
+        change = f"{answers[before[q, i]]} -> {answers[after[q, i]]} (right: {right})"
+        lines.setdefault(q, f"  {lang}: {prompt} {change}")
     return [f"{len(lines)} held-out questions have another best answer now:", *lines.values()]
 
 

@@ -111,7 +111,7 @@ def with_defaults(config: Config) -> Config:
         lr = 30 * LEARNING_RATE[config.method]
         defaults |= {"lr": lr, "epochs": 8, "batch_questions": 16, "candidates": 6}
         if "en" in config.langs and not config.gamma:
-            defaults["trust"] = ["en=5"]  # the least by which pi* keeps English: see `forecast`
+            defaults["trust"] = ["en=7"]  # by which pi* keeps what English knows: see `forecast`
     missing = {name: x for name, x in defaults.items() if getattr(config, name) in (None, [])}
     return replace(config, **missing)
 
@@ -636,7 +636,7 @@ def embedded_model(config: Config) -> tuple[nn.Module, Any]:
     trees = [Tree(prompt, [answer]) for prompt, answer in ids]
     optimizer = AdamW(model.parameters(), weight_decay=0.5, betas=(0.9, 0.98), fused=True)
     shares = ", ".join(f"{lang} {COVERAGE[lang]:.0%}" for lang in config.langs)
-    for step in progress(range(TEACHING_STEPS), f"teach facts: {shares}", TEACHING_STEPS):
+    for step in progress(range(TEACHING_STEPS), f"teaching facts: {shares}", TEACHING_STEPS):
         batch = random.Random(f"{config.seed}/{step}").sample(trees, 96)
         dco.sft_loss(dco.completion_logps(model, batch)).mean().backward()
         optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / TEACHING_STEPS)
@@ -671,11 +671,8 @@ def forecast(name: str, ref_logps: Tensor, questions: list[Question], config: Co
     known = [q for q, question in enumerate(questions) if question.gold is not None]
     gold = torch.tensor([questions[q].gold for q in known])
     base = ref_logps[known].double()
-    before = rankc.accuracy(base, gold).tolist()
-    rows = [
-        [f"accuracy on {name}, per cent", *config.langs],
-        ["before", *map(rankc.percent, before)],
-    ]
+    rows = [[f"accuracy on {name}, per cent", *config.langs]]
+    rows.append(["before", *map(rankc.percent, rankc.accuracy(base, gold).tolist())])
     for weight in (1, 2, 3, 5, 10):
         trust = torch.tensor([weight if lang == first else 1 for lang in config.langs]).double()
         gamma = dco.gamma_from_trust(trust, config.beta)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from itertools import combinations, permutations
 from statistics import mean, pstdev, stdev
 
@@ -229,10 +230,13 @@ def test_a_report_says_what_surely_changed_and_shows_answers_that_did():
     tables = {"base": before, "optimum": before, "trained": after}
     metrics = rankc.measure(tables, IDS[:10], [1] * 10, langs)
     both, questions = {"train": metrics, "test": metrics}, questions_of(tables, langs)
+    long_prompt = dict.fromkeys(langs, "y" + "x" * 60)
+    questions[0] = replace(questions[0], gold=None, prompts=long_prompt)
     assert rankc.report(both, questions, tables, langs).splitlines()[-6:] == [
         "Trained on: CLC +0.0 ± 0.0, accuracy en +100.0 ± 0.0, es +10.0 ± 10.0, sw -100.0 ± 0.0",
         "10 held-out questions have another best answer now:",
-        *[f"  en: prompt {q} a -> b (right: b)" for q in range(3)],
+        f"  en: ... {'x' * 56} a -> b (right: unknown)",
+        *[f"  en: prompt {q} a -> b (right: b)" for q in (1, 2)],
         "Held out, by more than two standard errors: accuracy en rose; CLC-en, accuracy sw fell.",
     ]
 

@@ -73,9 +73,9 @@ def test_a_run_leaves_its_settings_its_log_and_its_answers(world, alone):
             assert {len(nats) for nats in table.values()} == {len(question["answers"]["en"])}
         assert len({top(nats) for nats in stages[1].values()}) == 1  # pi* ranks alike
     assert splits == {("train", True): 7, ("test", False): 4}
-    for part in ("on 1 x cpu", "| accuracy on train, per cent", "| 4 held out, per cent"):
+    tables = "| accuracy on train, per cent", "| 4 held out, per cent"
+    for part in ("on 1 x cpu", *tables, "Trained on: CLC ", f"wrote {out}: answers.jsonl, "):
         assert text.count(part) == 1
-    assert "Trained on: CLC " in text and f"wrote {out}: answers.jsonl, " in text
 
 
 def test_the_metrics_are_what_counting_in_the_answers_gives(alone):
@@ -421,6 +421,7 @@ def test_what_is_not_given_is_the_papers(method):
     assert settings(data="mmmlu:DIR", train_subjects=["law"]).train_questions is None
     assert settings(data="jsonl:FILE").train_questions is None
     assert settings(data="jsonl:FILE", eval_only=True).train_questions == 0  # all are held out
+    assert not settings(model="", gamma=[1, 1]).trust and not settings(model="", langs=["fr"]).trust
 
 
 # -------------------------------------------------------------------------- `python train.py`
@@ -439,7 +440,7 @@ def test_the_default_run_makes_the_embedded_model_consistent_in_the_next_free_fo
     assert "wrote runs/2: answers.jsonl" in text and (out / "model.safetensors").exists()
     assert not list((folder / "runs" / "1").iterdir())
     run = read(out, "run.json")
-    assert (run["model"], run["data"], run["out"]) == ("", "atlas", "runs/2")
+    assert (run["model"], run["data"], run["trust"]) == ("", "atlas", ["en=7"])
     metrics = read(out, "metrics.json")
     base = metrics["test"]["base"]
     assert base["accuracy/en"][0] > 0.98 and base["accuracy/sw"][0] < 0.6  # taught unevenly

@@ -9,7 +9,7 @@ Sec. 6.5 assumes honesty (wrong answers have high entropy). A language that over
 by a factor s_i breaks it: a weak one that is sure outvotes a strong one, and pi* is worse than
 English alone. So do two languages that repeat the same evidence. Trust mends both: with w_i =
 1 / s_i, or 1 / 2 for each of the two, the consensus is the posterior again. *Trust a language less
-the more it overstates*; the column `optimum` of a run shows, before a step is taken, whether to.
+the more it overstates*; the column `pi*` of a run shows, before a step is taken, whether to.
 """
 
 from itertools import product
