@@ -175,16 +175,15 @@ def chance_levels(scores: Tensor) -> dict[str, float]:
     return {name: total / len(sizes) for name, total in means.items()}
 
 
-def measure(
+def summarise(
     tables: dict[str, Tensor], ids: list[str], gold: list[int | None], langs: list[str]
 ) -> dict:
     """What metrics.json has of a split: {stage: {measure: (mean, standard error)}} and more.
 
     tables: "base", "optimum" (pi*) and, once there is one, "trained"; (Q, L, K) nats each.
     """
-    measures = {}  # {stage: {name: (Q,)}}
-    for stage, scores in tables.items():
-        measures[stage] = per_question(scores, tables["base"], gold, langs)
+    base = tables["base"]
+    measures = {stage: per_question(x, base, gold, langs) for stage, x in tables.items()}
     if "trained" in tables:  # a change is paired: its error is that of differences
         pairs = zip(measures["base"].items(), measures["trained"].values(), strict=True)
         measures["change"] = {name: after - before for (name, before), after in pairs}
@@ -200,7 +199,7 @@ def measure(
 def report(metrics: dict, questions: list, tables: dict[str, Tensor], langs: list[str]) -> str:
     """What a run prints: a table of the held-out questions, three changed answers, what rose.
 
-    metrics: {split: measure(...)}; questions and tables are the held-out ones.
+    metrics: {split: summarise(...)}; questions and tables are the held-out ones.
     """
     first, test = reference_language(langs), metrics["test"]
     titles = {"base": "before", "trained": "after", "change": "change", "optimum": "pi*"}
@@ -216,21 +215,23 @@ def report(metrics: dict, questions: list, tables: dict[str, Tensor], langs: lis
         return format_table(rows)
     train = {name: with_error(value, True) for name, value in metrics["train"]["change"].items()}
     accuracies = ", ".join(f"{lang} {train[f'accuracy/{lang}']}" for lang in langs)
-    lines = [format_table(rows), f"Trained on: CLC {train['clc']}, accuracy {accuracies}"]
-    lines += changed_answers(questions, tables, langs)[:4]  # a heading and three
+    trained_on = f"On those trained on: CLC {train['clc']}, accuracy {accuracies}"
+    lines = [format_table(rows), trained_on, *changed_answers(questions, tables, langs)[:4]]
     sure = {"rose": [], "fell": []}
     for label, name in names.items():
         change, error = test["change"][name]
         if abs(change) > 2 * error:
             sure["rose" if change > 0 else "fell"].append(label)
     verdict = "; ".join(f"{', '.join(sure[verb]) or 'nothing'} {verb}" for verb in sure)
-    lines.append(f"Held out, by more than two standard errors: {verdict}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"Held out, by more than two standard errors: {verdict}."])
 
 
 def changed_answers(questions: list, tables: dict, langs: list[str]) -> list[str]:
-    """Each question with another best answer than before, in its first such language, a line."""
+    """A heading; then questions with a new best answer, in their first such language, a line."""
     before, after = tables["base"].argmax(-1), tables["trained"].argmax(-1)  # (Q, L)
+    gold = torch.tensor([-1 if question.gold is None else question.gold for question in questions])
+    was_right, is_right = before == gold[:, None], after == gold[:, None]
+    turned = f"{(is_right & ~was_right).sum()} right, {(was_right & ~is_right).sum()} wrong"
     lines = {}  # {q: line}
     for q, i in (before != after).nonzero().tolist():
         question, lang = questions[q], langs[i]
@@ -239,8 +240,8 @@ def changed_answers(questions: list, tables: dict, langs: list[str]) -> list[str
         answers = [answer.strip() for answer in question.answers[lang]]
         right = "unknown" if question.gold is None else answers[question.gold]
         change = f"{answers[before[q, i]]} -> {answers[after[q, i]]} (right: {right})"
-        lines.setdefault(q, f"  {lang}: {prompt} {change}")
-    return [f"{len(lines)} held-out questions have another best answer now:", *lines.values()]
+        lines.setdefault(q, f"  {lang}: {prompt} ... {change}")
+    return [f"Held-out answers that turned: {turned}; the first that changed:", *lines.values()]
 
 
 def percent(share: float, form: str = ".1f") -> str:

@@ -108,8 +108,7 @@ def with_defaults(config: Config) -> Config:
         of_paper = data.TRAIN_QUESTIONS.get(config.data.partition(":")[0])
         defaults["train_questions"] = 0 if of_paper is None and config.eval_only else of_paper
     if not config.model:  # a tiny model takes more passes, and a larger rate
-        lr = 30 * LEARNING_RATE[config.method]
-        defaults |= {"lr": lr, "epochs": 8, "batch_questions": 16, "candidates": 6}
+        defaults |= {"lr": 30 * defaults["lr"], "epochs": 8, "batch_questions": 16, "candidates": 6}
         if "en" in config.langs and not config.gamma:
             defaults["trust"] = ["en=7"]  # by which pi* keeps what English knows: see `forecast`
     missing = {name: x for name, x in defaults.items() if getattr(config, name) in (None, [])}
@@ -671,14 +670,16 @@ def forecast(name: str, ref_logps: Tensor, questions: list[Question], config: Co
     known = [q for q, question in enumerate(questions) if question.gold is not None]
     gold = torch.tensor([questions[q].gold for q in known])
     base = ref_logps[known].double()
-    rows = [[f"accuracy on {name}, per cent", *config.langs]]
-    rows.append(["before", *map(rankc.percent, rankc.accuracy(base, gold).tolist())])
-    for weight in (1, 2, 3, 5, 10):
+    now = zip(config.langs, rankc.accuracy(base, gold).tolist(), strict=True)
+    right = ", ".join(f"{lang} {rankc.percent(share)}" for lang, share in now)
+    at_optimum = []
+    for weight in (1, 2, 3, 5, 7, 10):
         trust = torch.tensor([weight if lang == first else 1 for lang in config.langs]).double()
         gamma = dco.gamma_from_trust(trust, config.beta)
-        then = rankc.accuracy(dco.optimal_policy(base, gamma, config.beta), gold).tolist()
-        rows.append([f"forecast, --trust {first}={weight}", *map(rankc.percent, then)])
-    return rankc.format_table(rows)
+        share = float(rankc.accuracy(dco.optimal_policy(base, gamma, config.beta), gold)[0])
+        at_optimum.append(f"{first}={weight} {rankc.percent(share)}")
+    forecast = f"forecast at pi*, the same in every language, by --trust: {', '.join(at_optimum)}"
+    return f"Right before, {name}, per cent: {right}\n{forecast}"
 
 
 def main() -> None:
@@ -718,6 +719,7 @@ def main() -> None:
         base = score(model, part, trees[name], config, f"reference {name}")
         optimum = dco.optimal_policy(base.double(), gamma, config.beta)
         tables[name] = {"base": base, "optimum": optimum}
+    seconds["reference"] = time.time() - began
     # Trust is chosen by the forecast, so it looks at no label of a test that follows.
     shown = "test" if config.eval_only else "train"
     print0(f"\n{forecast(shown, tables[shown]['base'], splits[shown], config)}")
@@ -730,19 +732,18 @@ def main() -> None:
         save_model(model, tokenizer, out)
     for name, part in splits.items():
         if not config.eval_only:
-            desc = f"evaluate {name}"
-            tables[name]["trained"] = score(model, part, trees[name], config, desc)
+            tables[name]["trained"] = score(model, part, trees[name], config, f"evaluate {name}")
         ids, gold = [question.id for question in part], [question.gold for question in part]
-        metrics[name] = rankc.measure(tables[name], ids, gold, langs)
+        metrics[name] = rankc.summarise(tables[name], ids, gold, langs)
     seconds["evaluate"] = time.time() - began
     print0(f"\n{rankc.report(metrics, test_part, tables['test'], langs)}")
     if rank == 0:
         trained_on = {question.prompts[rankc.reference_language(langs)] for question in train_part}
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs, trained_on)
-        if not find_spec("matplotlib"):
-            print("no picture: pip install -e '.[plot]' brings matplotlib")
-        elif not config.eval_only:
+        if not config.eval_only and find_spec("matplotlib"):
             rankc.draw_clc(out / "clc.png", metrics["test"], langs)
+        elif not config.eval_only:
+            print("no picture: pip install -e '.[plot]' brings matplotlib")
         metrics["seconds"] = seconds  # since the start, at the end of each part
         # Last, since by it a run is known to be finished. JSON has no NaN.
         write_whole(out / "metrics.json", json.dumps(metrics, indent=1).replace("NaN", "null"))
@@ -764,7 +765,8 @@ def run_training(
         used = (ref_logps.argmax(-1) != winner[:, None]).any(-1).nonzero()[:, 0].tolist()
     elif config.method != "dco" or config.pairs == "gold":  # where the right answer is known
         used = [q for q in used if questions[q].gold is not None]
-    print0(f"\n{config.method}: {len(used)} of {len(questions)} questions to train on")
+    trust = f", --trust {' '.join(config.trust)}" if config.trust else ""
+    print0(f"\n{config.method}: {len(used)} of {len(questions)} questions to train on{trust}")
     if not used:
         raise InputError(f"--method {config.method}: no question to train on")
     questions, rows = [questions[q] for q in used], [trees["train"][q] for q in used]

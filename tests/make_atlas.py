@@ -86,8 +86,6 @@ def main() -> None:
         rows.append([relation, country, *words])
     with open(path, "w", encoding="utf-8") as file:
         file.writelines("\t".join(row) + "\n" for row in rows)
-    for relation in ("of", *TEMPLATES):
-        print(relation, sum(key[0] == relation for key in table))
 
 
 if __name__ == "__main__":

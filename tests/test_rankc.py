@@ -173,10 +173,8 @@ def questions_of(tables, langs):
     questions = []
     for q, table in enumerate(tables["base"]):
         K = int((~torch.isneginf(table[0])).sum())
-        prompts, answers = (
-            dict.fromkeys(langs, f"prompt {q}"),
-            dict.fromkeys(langs, tuple("abcd"[:K])),
-        )
+        prompts = dict.fromkeys(langs, f"prompt {q}")
+        answers = dict.fromkeys(langs, tuple("abcd"[:K]))
         questions.append(data.Question(str(q), ["law", "art"][q % 2], 1, prompts, answers))
     return questions
 
@@ -188,7 +186,7 @@ def measures_of(tables, stage, langs=LANGS):
 
 def test_a_report_has_a_row_a_measure_and_a_column_a_stage_with_errors():
     tables = drawn_tables(1)
-    metrics = rankc.measure(tables, IDS, [1] * 40, LANGS)
+    metrics = rankc.summarise(tables, IDS, [1] * 40, LANGS)
     both = {"train": metrics, "test": metrics}
     text = rankc.report(both, questions_of(tables, LANGS), tables, LANGS)
     assert cells(text, "40 held out, per cent") == ["before", "after", "change", "pi*"]
@@ -215,7 +213,7 @@ def test_a_report_has_a_row_a_measure_and_a_column_a_stage_with_errors():
 
 def test_a_report_leaves_out_what_is_not_known():
     base = drawn_tables(2, L=2)["base"]
-    metrics = rankc.measure({"base": base}, IDS, [None] * 40, ["es", "fr"])
+    metrics = rankc.summarise({"base": base}, IDS, [None] * 40, ["es", "fr"])
     assert all(map(math.isnan, metrics["base"]["accuracy/es"])) and metrics["base"]["clc"][0] > 0
     text = rankc.report({"test": metrics}, [], {"base": base}, ["es", "fr"])
     assert cells(text, "accuracy es") == ["-"] and "change" not in metrics
@@ -228,15 +226,16 @@ def test_a_report_says_what_surely_changed_and_shows_answers_that_did():
     before = torch.tensor([[wrong, wrong, right]] * 10)
     after = torch.tensor([[right, right, wrong], *[[right, wrong, wrong]] * 9])
     tables = {"base": before, "optimum": before, "trained": after}
-    metrics = rankc.measure(tables, IDS[:10], [1] * 10, langs)
+    metrics = rankc.summarise(tables, IDS[:10], [1] * 10, langs)
     both, questions = {"train": metrics, "test": metrics}, questions_of(tables, langs)
     long_prompt = dict.fromkeys(langs, "y" + "x" * 60)
     questions[0] = replace(questions[0], gold=None, prompts=long_prompt)
     assert rankc.report(both, questions, tables, langs).splitlines()[-6:] == [
-        "Trained on: CLC +0.0 ± 0.0, accuracy en +100.0 ± 0.0, es +10.0 ± 10.0, sw -100.0 ± 0.0",
-        "10 held-out questions have another best answer now:",
-        f"  en: ... {'x' * 56} a -> b (right: unknown)",
-        *[f"  en: prompt {q} a -> b (right: b)" for q in (1, 2)],
+        "On those trained on: CLC +0.0 ± 0.0, "
+        "accuracy en +100.0 ± 0.0, es +10.0 ± 10.0, sw -100.0 ± 0.0",
+        "Held-out answers that turned: 9 right, 9 wrong; the first that changed:",
+        f"  en: ... {'x' * 56} ... a -> b (right: unknown)",
+        *[f"  en: prompt {q} ... a -> b (right: b)" for q in (1, 2)],
         "Held out, by more than two standard errors: accuracy en rose; CLC-en, accuracy sw fell.",
     ]
 
@@ -368,7 +367,7 @@ def figures(monkeypatch):
 
 def test_the_picture_of_clc_shows_every_pair_in_numbers_and_centres_the_change(figures):
     tables = drawn_tables(1)
-    metrics = rankc.measure(tables, IDS, [1] * 40, LANGS)
+    metrics = rankc.summarise(tables, IDS, [1] * 40, LANGS)
     rankc.draw_clc("clc.png", metrics, LANGS)
     before = 100 * rankc.clc(tables["base"])
     change = 100 * rankc.clc(tables["trained"]) - before

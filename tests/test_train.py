@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import re
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import combinations, product
@@ -73,8 +72,13 @@ def test_a_run_leaves_its_settings_its_log_and_its_answers(world, alone):
             assert {len(nats) for nats in table.values()} == {len(question["answers"]["en"])}
         assert len({top(nats) for nats in stages[1].values()}) == 1  # pi* ranks alike
     assert splits == {("train", True): 7, ("test", False): 4}
-    tables = "| accuracy on train, per cent", "| 4 held out, per cent"
-    for part in ("on 1 x cpu", *tables, "Trained on: CLC ", f"wrote {out}: answers.jsonl, "):
+    parts = (
+        "on 1 x cpu",
+        "Right before, train",
+        "| 4 held out, per cent",
+        "On those trained on: CLC ",
+    )
+    for part in (*parts, f"wrote {out}: answers.jsonl, "):
         assert text.count(part) == 1
 
 
@@ -345,16 +349,18 @@ def test_the_forecast_is_the_accuracy_of_the_consensus_that_each_trust_gives():
     known = [q for q in range(60) if q % 10]
     questions = [made_up(str(q), 4, LANGS, gold=q % 4 if q in known else None) for q in range(60)]
     text = program.forecast("train", ref, questions, settings(langs=LANGS, beta=0.7))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert rows[0] == ["accuracy on train, per cent", *LANGS]
 
     def accuracy(scores):  # (Q, K), in per cent
         return f"{100 * sum(int(scores[q].argmax()) == q % 4 for q in known) / len(known):.1f}"
 
-    assert rows[2] == ["before", *(accuracy(ref[:, i]) for i in range(3))]
-    for row, weight in zip(rows[3:], (1, 2, 3, 5, 10), strict=True):
+    now = ", ".join(f"{lang} {accuracy(ref[:, i])}" for i, lang in enumerate(LANGS))
+    forecasts = []
+    for weight in (1, 2, 3, 5, 7, 10):
         consensus = weight * ref[:, 0] + ref[:, 1] + ref[:, 2]  # English is the reference language
-        assert row == [f"forecast, --trust en={weight}", *[accuracy(consensus)] * 3]
+        forecasts.append(f"en={weight} {accuracy(consensus)}")
+    before, after = text.splitlines()
+    assert before == f"Right before, train, per cent: {now}"
+    assert after.startswith("forecast") and after.endswith(f" --trust: {', '.join(forecasts)}")
 
 
 def test_eval_only_judges_what_a_run_saved_on_held_out_questions_alone(world, alone, tmp_path):
@@ -365,7 +371,7 @@ def test_eval_only_judges_what_a_run_saved_on_held_out_questions_alone(world, al
         for lang, nats in line["base"].items():
             assert nats == pytest.approx(other["trained"][lang], abs=1e-4)
     assert list(read(tmp_path, "metrics.json")) == ["languages", "test", "seconds"]
-    assert "| accuracy on test, per cent" in text and "| 4 held out, per cent" in text
+    assert "Right before, test" in text and "| 4 held out, per cent" in text
     files = {path.name for path in tmp_path.iterdir()}
     assert not files & {"log.jsonl", "model.safetensors", "clc.png"}
 
@@ -450,9 +456,10 @@ def test_the_default_run_makes_the_embedded_model_consistent_in_the_next_free_fo
         assert abs(metrics[split]["change"]["accuracy/en"][0]) <= 0.01
         assert metrics[split]["change"]["accuracy/sw"][0] > 0
     turned = Counter()  # answers, from wrong to right and back
-    for line in read(out, "answers.jsonl"):
-        for lang in metrics["languages"] if line["split"] == "test" else ():
-            turned[tuple(top(line[x][lang]) == line["gold"] for x in ("base", "trained"))] += 1
-    assert turned[False, True] > 1.4 * turned[True, False]
-    report = [line for line in re.split(r"[\r\n]", text) if "it/s]" not in line]
-    assert sum(math.ceil(len(line) / 100) or 1 for line in report) <= 40  # of 100 columns
+    held_out = [line for line in read(out, "answers.jsonl") if line["split"] == "test"]
+    for line, lang in product(held_out, metrics["languages"]):
+        turned[tuple(top(line[x][lang]) == line["gold"] for x in ("base", "trained"))] += 1
+    right, wrong = turned[False, True], turned[True, False]
+    assert right > 1.4 * wrong and f"turned: {right} right, {wrong} wrong" in text
+    report = [line for line in text.splitlines() if line.strip() and "%|" not in line]  # no bars
+    assert sum(math.ceil(len(line) / 100) for line in report) <= 40 - 3  # and three are blank
