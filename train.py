@@ -662,7 +662,7 @@ def describe(model: nn.Module, tokenizer: Any, trees: list[Tree], config: Config
 
 
 def forecast(name: str, ref_logps: Tensor, questions: list[Question], config: Config) -> str:
-    """Accuracy of the base and of pi*, per cent, by trust in the reference language: no training.
+    """Accuracy of the base, and of pi*, the same in all languages, by trust in the reference one.
 
     To choose --trust: the least at which pi* is within a point of the base in that language.
     """
@@ -678,8 +678,8 @@ def forecast(name: str, ref_logps: Tensor, questions: list[Question], config: Co
         gamma = dco.gamma_from_trust(trust, config.beta)
         share = float(rankc.accuracy(dco.optimal_policy(base, gamma, config.beta), gold)[0])
         at_optimum.append(f"{first}={weight} {rankc.percent(share)}")
-    forecast = f"forecast at pi*, the same in every language, by --trust: {', '.join(at_optimum)}"
-    return f"Right before, {name}, per cent: {right}\n{forecast}"
+    forecast = f"Forecast at pi*, by --trust: {', '.join(at_optimum)}"
+    return f"Accuracy before, {name}, per cent: {right}\n{forecast}"
 
 
 def main() -> None:

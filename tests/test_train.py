@@ -74,7 +74,7 @@ def test_a_run_leaves_its_settings_its_log_and_its_answers(world, alone):
     assert splits == {("train", True): 7, ("test", False): 4}
     parts = (
         "on 1 x cpu",
-        "Right before, train",
+        "Accuracy before, train",
         "| 4 held out, per cent",
         "On those trained on: CLC ",
     )
@@ -359,8 +359,8 @@ def test_the_forecast_is_the_accuracy_of_the_consensus_that_each_trust_gives():
         consensus = weight * ref[:, 0] + ref[:, 1] + ref[:, 2]  # English is the reference language
         forecasts.append(f"en={weight} {accuracy(consensus)}")
     before, after = text.splitlines()
-    assert before == f"Right before, train, per cent: {now}"
-    assert after.startswith("forecast") and after.endswith(f" --trust: {', '.join(forecasts)}")
+    assert before == f"Accuracy before, train, per cent: {now}"
+    assert after == f"Forecast at pi*, by --trust: {', '.join(forecasts)}"
 
 
 def test_eval_only_judges_what_a_run_saved_on_held_out_questions_alone(world, alone, tmp_path):
@@ -371,7 +371,7 @@ def test_eval_only_judges_what_a_run_saved_on_held_out_questions_alone(world, al
         for lang, nats in line["base"].items():
             assert nats == pytest.approx(other["trained"][lang], abs=1e-4)
     assert list(read(tmp_path, "metrics.json")) == ["languages", "test", "seconds"]
-    assert "Right before, test" in text and "| 4 held out, per cent" in text
+    assert "Accuracy before, test" in text and "| 4 held out, per cent" in text
     files = {path.name for path in tmp_path.iterdir()}
     assert not files & {"log.jsonl", "model.safetensors", "clc.png"}
 
