@@ -221,22 +221,25 @@ def test_a_report_leaves_out_what_is_not_known():
 
 
 def test_a_report_says_what_surely_changed_and_shows_answers_that_did():
-    """By hand: ten questions; English turns right in all, Spanish in one, Swahili wrong in all."""
+    """By hand: ten questions; English turns right in all, Spanish in four, Swahili wrong in all."""
     langs, right, wrong = ["en", "es", "sw"], [0.0, 1.0], [1.0, 0.0]
     before = torch.tensor([[wrong, wrong, right]] * 10)
-    after = torch.tensor([[right, right, wrong], *[[right, wrong, wrong]] * 9])
+    after = torch.tensor([[right, right, wrong]] * 4 + [[right, wrong, wrong]] * 6)
     tables = {"base": before, "optimum": before, "trained": after}
     metrics = rankc.summarise(tables, IDS[:10], [1] * 10, langs)
     both, questions = {"train": metrics, "test": metrics}, questions_of(tables, langs)
-    long_prompt = dict.fromkeys(langs, "y" + "x" * 60)
-    questions[0] = replace(questions[0], gold=None, prompts=long_prompt)
+    longest, too_long = (dict.fromkeys(langs, text) for text in ("x" * 60, "y" + "x" * 60))
+    questions[0] = replace(questions[0], gold=None, prompts=too_long)
+    questions[1] = replace(questions[1], prompts=longest)
     assert rankc.report(both, questions, tables, langs).splitlines()[-6:] == [
         "On those trained on: CLC +0.0 ± 0.0, "
-        "accuracy en +100.0 ± 0.0, es +10.0 ± 10.0, sw -100.0 ± 0.0",
-        "Held-out answers that turned: 9 right, 9 wrong; the first that changed:",
+        "accuracy en +100.0 ± 0.0, es +40.0 ± 16.3, sw -100.0 ± 0.0",
+        "Held-out answers that turned: 12 right, 9 wrong; the first that changed:",
         f"  en: ... {'x' * 56} ... a -> b (right: unknown)",
-        *[f"  en: prompt {q} ... a -> b (right: b)" for q in (1, 2)],
-        "Held out, by more than two standard errors: accuracy en rose; CLC-en, accuracy sw fell.",
+        f"  en: {'x' * 60} ... a -> b (right: b)",
+        "  en: prompt 2 ... a -> b (right: b)",
+        "Held out, by more than two standard errors: "
+        "accuracy en, accuracy es rose; CLC-en, accuracy sw fell.",
     ]
 
 
