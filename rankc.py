@@ -183,10 +183,10 @@ def summarise(
     tables: "base", "optimum" (pi*) and, once there is one, "trained"; (Q, L, K) nats each.
     """
     base = tables["base"]
-    measures = {stage: per_question(x, base, gold, langs) for stage, x in tables.items()}
+    measures = {stage: per_question(scores, base, gold, langs) for stage, scores in tables.items()}
     if "trained" in tables:  # a change is paired: its error is that of differences
-        pairs = zip(measures["base"].items(), measures["trained"].values(), strict=True)
-        measures["change"] = {name: after - before for (name, before), after in pairs}
+        before, after = measures["base"], measures["trained"]
+        measures["change"] = {name: after[name] - before[name] for name in before}
     metrics = {"questions": len(ids), "chance": chance_levels(tables["base"])}
     for stage, by_name in measures.items():
         metrics[stage] = {name: mean_and_error([(ids, x)]) for name, x in by_name.items()}
@@ -215,8 +215,8 @@ def report(metrics: dict, questions: list, tables: dict[str, Tensor], langs: lis
         return format_table(rows)
     train = {name: with_error(value, True) for name, value in metrics["train"]["change"].items()}
     accuracies = ", ".join(f"{lang} {train[f'accuracy/{lang}']}" for lang in langs)
-    trained_on = f"On those trained on: CLC {train['clc']}, accuracy {accuracies}"
-    lines = [format_table(rows), trained_on, *changed_answers(questions, tables, langs)[:4]]
+    lines = [format_table(rows), f"Training part: CLC {train['clc']}, accuracy {accuracies}"]
+    lines += changed_answers(questions, tables, langs)[:4]  # a heading and three
     sure = {"rose": [], "fell": []}
     for label, name in names.items():
         change, error = test["change"][name]

@@ -638,7 +638,7 @@ def embedded_model(config: Config) -> tuple[nn.Module, Any]:
     for step in progress(range(TEACHING_STEPS), f"teaching facts: {shares}", TEACHING_STEPS):
         batch = random.Random(f"{config.seed}/{step}").sample(trees, 96)
         dco.sft_loss(dco.completion_logps(model, batch)).mean().backward()
-        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / TEACHING_STEPS)
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / TEACHING_STEPS)  # as in `train`
         optimizer.step()
         optimizer.zero_grad()
     return model, tokenizer
@@ -678,8 +678,8 @@ def forecast(name: str, ref_logps: Tensor, questions: list[Question], config: Co
         gamma = dco.gamma_from_trust(trust, config.beta)
         share = float(rankc.accuracy(dco.optimal_policy(base, gamma, config.beta), gold)[0])
         at_optimum.append(f"{first}={weight} {rankc.percent(share)}")
-    forecast = f"Forecast at pi*, by --trust: {', '.join(at_optimum)}"
-    return f"Accuracy before, {name}, per cent: {right}\n{forecast}"
+    before = f"Accuracy before, {name}, per cent: {right}"
+    return f"{before}\nForecast at pi*, by --trust: {', '.join(at_optimum)}"
 
 
 def main() -> None:

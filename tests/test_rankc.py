@@ -232,8 +232,7 @@ def test_a_report_says_what_surely_changed_and_shows_answers_that_did():
     questions[0] = replace(questions[0], gold=None, prompts=too_long)
     questions[1] = replace(questions[1], prompts=longest)
     assert rankc.report(both, questions, tables, langs).splitlines()[-6:] == [
-        "On those trained on: CLC +0.0 ± 0.0, "
-        "accuracy en +100.0 ± 0.0, es +40.0 ± 16.3, sw -100.0 ± 0.0",
+        "Training part: CLC +0.0 ± 0.0, accuracy en +100.0 ± 0.0, es +40.0 ± 16.3, sw -100.0 ± 0.0",
         "Held-out answers that turned: 12 right, 9 wrong; the first that changed:",
         f"  en: ... {'x' * 56} ... a -> b (right: unknown)",
         f"  en: {'x' * 60} ... a -> b (right: b)",

@@ -72,7 +72,7 @@ def test_a_run_leaves_its_settings_its_log_and_its_answers(world, alone):
             assert {len(nats) for nats in table.values()} == {len(question["answers"]["en"])}
         assert len({top(nats) for nats in stages[1].values()}) == 1  # pi* ranks alike
     assert splits == {("train", True): 7, ("test", False): 4}
-    parts = "Accuracy before, train", "| 4 held out, per cent", "On those trained on: CLC "
+    parts = "Accuracy before, train", "| 4 held out, per cent", "Training part: CLC "
     for part in ("on 1 x cpu", *parts, f"wrote {out}: answers.jsonl, "):
         assert text.count(part) == 1
 
