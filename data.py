@@ -59,8 +59,7 @@ def split(
         raise InputError(f"no subject {min(unknown)!r}; there are {', '.join(sorted(subjects))}")
     to_train = set(train_subjects) or subjects - set(test_subjects) or subjects
     to_test = set(test_subjects) or subjects - set(train_subjects) or subjects
-    # A question's place depends on the seed and its id alone, so that another language, or another
-    # machine, changes neither part.
+    # By seed and id alone, so that another language, or another machine, changes neither part.
     order = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
     pool = [question for question in order if question.subject in to_train]
     chosen = pool[:train]
@@ -143,7 +142,6 @@ def encode_one(
 
 # ------------------------------------------------------------------------------------------ loaders
 Questions = Iterator[tuple[str, Question]]  # where it stands, for messages, and the question
-Rows = Iterator[tuple[str, list[str]]]  # the same of a file's row
 # App. H, Table 4; atlas is ours.
 TRAIN_QUESTIONS = {"atlas": 435, "bmlama": 5000, "mmmlu": 5000, "xcsqa": 800}
 
@@ -197,8 +195,8 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not a readable UTF-8 file ({error})") from error
 
 
-def csv_rows(path: Path, columns: int, delimiter: str, header: bool) -> Rows:
-    """Each row of a file, of so many columns, and where it begins: a row may take several lines.
+def csv_rows(path: Path, columns: int, delimiter: str, header: bool) -> Iterator:
+    """Where each row of a file begins, as it may take several lines, and its so many fields.
 
     What a header says is not looked at: that of BMLAMA-17's zh.tsv has a stray tab.
     """
@@ -369,16 +367,15 @@ def load_mmmlu(place: Path, langs: list[str], print0: Callable) -> Questions:
             there = [path.name for path in (*published, *originals)]
             wanted = f"one mmlu_{lang.upper()}-XX.csv, or *{ending}"
             raise InputError(f"{place}, {lang!r}: expected {wanted}; there are {there}")
+        lines = []  # where, number, question, options, key, subject
         for path in published:
-            for where, (n, question, *options, key, subject) in csv_rows(path, 8, ",", header=True):
-                row = Row(where, f"{subject}/{n}", subject, question, options, key.strip())
-                rows[lang].append(row)
+            lines += [(where, *fields) for where, fields in csv_rows(path, 8, ",", header=True)]
         for path in originals:
             subject = path.name.removesuffix(ending)
             for n, (where, fields) in enumerate(csv_rows(path, 6, ",", header=False)):
-                question, *options, key = fields
-                row = Row(where, f"{subject}/{n}", subject, question, options, key.strip())
-                rows[lang].append(row)
+                lines.append((where, n, *fields, subject))
+        for where, n, question, *options, key, subject in lines:
+            rows[lang].append(Row(where, f"{subject}/{n}", subject, question, options, key.strip()))
     for subject in sorted({row.subject for row in rows[langs[0]]}):
         sizes = [sum(row.subject == subject for row in rows[lang]) for lang in langs]
         if len(set(sizes) - {0}) > 1:  # one row missing would pair all after it wrongly

@@ -33,7 +33,7 @@ def rankc(scores_a: Tensor, scores_b: Tensor) -> Tensor:
 
 
 def clc(scores: Tensor) -> Tensor:
-    """RankC (App. I) of each pair of languages: (Q, L, K) -> (L, L). Raises ValueError as rankc."""
+    """RankC (App. I) of each pair of languages: (Q, L, K) -> (L, L). Errors as rankc."""
     matrix = torch.eye(scores.shape[1], dtype=torch.double)
     for (a, b), consistency in pairwise_rankc(scores).items():
         matrix[a, b] = matrix[b, a] = consistency.mean()
@@ -63,10 +63,8 @@ def consist(ranks_a: Tensor, ranks_b: Tensor, N: Tensor) -> Tensor:
 
 
 def weight(j: int, N: Tensor) -> Tensor:
-    """w_j = exp(N - j) / sum_k exp(N - k) of App. I, 0 for j > N: (Q,) -> (Q,) float64.
-
-    exp(N) cancels; left in, it would overflow at 710 candidates.
-    """
+    """w_j = exp(N - j) / sum_k exp(N - k) of App. I, 0 for j > N: (Q,) -> (Q,) float64."""
+    # exp(N) cancels; left in, it would overflow at 710 candidates.
     k = torch.arange(1, int(N.max()) + 1, dtype=torch.double)
     sums = torch.exp(-k).cumsum(0)  # at n - 1: the sum over k = 1..n
     return torch.where(j <= N, math.exp(-j) / sums[N - 1], 0.0)
@@ -197,10 +195,7 @@ def summarise(
 
 
 def report(metrics: dict, questions: list, tables: dict[str, Tensor], langs: list[str]) -> str:
-    """What a run prints: a table of the held-out questions, three changed answers, what rose.
-
-    metrics: {split: summarise(...)}; questions and tables are the held-out ones.
-    """
+    """What a run prints of metrics, {split: summarise(...)}, and the held-out questions' tables."""
     first, test = reference_language(langs), metrics["test"]
     titles = {"base": "before", "trained": "after", "change": "change", "optimum": "pi*"}
     stages = [stage for stage in titles if stage in test]
@@ -349,10 +344,9 @@ def columns(run: Run, first: str) -> dict[str, Part]:
 
 
 def compare(runs: list[Run], by: str = "") -> str:
-    """The paper's tables, in per cent with standard errors: a row a run, and their mean.
+    """The paper's Tables 1 to 3 and 5 to 12, in per cent: a row a run, and their mean.
 
-    Several methods on the same questions give Table 1, English with one language each Tables 2 and
-    5 to 10, either by subject Tables 3, 11 and 12. Raises ValueError for what a run lacks.
+    Raises ValueError for what a run lacks.
     """
     first = reference_language(runs[0].langs)
     groups = {}  # {value of the field `by`: runs with its questions alone}
@@ -382,13 +376,12 @@ def compare(runs: list[Run], by: str = "") -> str:
 # ----------------------------------------------------------------------------------------- pictures
 def draw_clc(path: Path, metrics: dict, langs: list[str]) -> None:
     """CLC of each pair before training, and its change (Figures 4 to 8), of a split's metrics."""
-    import numpy as np  # matplotlib brings it
     from matplotlib.figure import Figure
 
-    before = 100 * np.array(metrics["base"]["clc_matrix"])
-    change = 100 * np.array(metrics["trained"]["clc_matrix"]) - before
-    np.fill_diagonal(before, math.nan)  # each language with itself
-    reach = max(25.0, abs(change).max())  # a few points are to look like a few
+    before = 100 * torch.tensor(metrics["base"]["clc_matrix"])
+    change = 100 * torch.tensor(metrics["trained"]["clc_matrix"]) - before
+    before.fill_diagonal_(math.nan)  # each language with itself
+    reach = max(25.0, float(change.abs().max()))  # a few points are to look like a few
     side = max(3.2, 0.5 * len(langs) + 1)
     figure = Figure(figsize=(2 * side + 1, side + 0.4), layout="constrained")
     panels = {
@@ -398,7 +391,7 @@ def draw_clc(path: Path, metrics: dict, langs: list[str]) -> None:
     ticks = range(len(langs))
     for axes, (name, panel) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         values, colours, low, high, form = panel
-        image = axes.imshow(values, colours, vmin=low, vmax=high)
+        image = axes.imshow(values.numpy(), colours, vmin=low, vmax=high)
         axes.set(title=name, xticks=ticks, yticks=ticks, xticklabels=langs, yticklabels=langs)
         for a, b in permutations(ticks, 2):
             look = {"ha": "center", "va": "center", "fontsize": 8, "backgroundcolor": "#ffffff80"}
