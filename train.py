@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -80,7 +80,7 @@ class Config:
     out: str = HfArg(default="", help="folder; the same command again continues the run in it")
     eval_only: bool = HfArg(default=False, help="report on the held-out questions, train nothing")
     eval_every: int = HfArg(default=0, help="steps between looks at 200 of them; 0: none")
-    save_every: int = HfArg(default=250, help="steps between checkpoints; 0: none")
+    save_every: int | None = HfArg(default=None, help="steps a checkpoint; 0: none (cpu: 250)")
 
 
 LEARNING_RATE = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
@@ -103,6 +103,8 @@ def with_defaults(config: Config) -> Config:
         "max_tokens": 4096 if on_gpu else 512,
         "device": "cuda" if on_gpu else "cpu",
         "dtype": "bfloat16" if on_gpu else "float32",
+        # So that it takes a tenth of the time at most: on a GPU, one takes as long as 600 steps.
+        "save_every": 6000 if on_gpu else 250,
     }
     if not config.train_subjects:  # else all questions of these
         of_paper = data.TRAIN_QUESTIONS.get(config.data.partition(":")[0])
@@ -119,10 +121,10 @@ def check_settings(config: Config) -> None:
     """Raise InputError for settings that are out of range or do not go together."""
     from_one = (config.epochs, config.batch_questions, config.pairs_per_question, config.max_tokens)
     from_zero = (config.grad_clip, config.save_every, config.eval_every, config.candidates)
-    number = config.train_questions
-    to_train = number or (number is None and config.train_subjects) or config.eval_only
+    nothing = not (config.train_questions or config.train_subjects or config.eval_only)
     too_few = len(config.langs) < (3 if config.method == "calm" else 2)
-    no_gpu = config.device == "cuda" and not torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
+    no_gpu = config.device == "cuda" and gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     refused = {
         "epochs, max_tokens, batch_questions, pairs_per_question: 1 at least": min(from_one) < 1,
         "grad_clip, save_every, eval_every, candidates: 0 at least": min(from_zero) < 0,
@@ -132,9 +134,9 @@ def check_settings(config: Config) -> None:
         "test_questions 0: there is nothing to report on": config.test_questions == 0,
         "trust and --gamma both set Gamma: give one": config.trust and config.gamma,
         "data: without --model there is atlas alone": not config.model and config.data != "atlas",
-        "train_questions: how many to train on? The others are held out": not to_train,
+        "train_questions: how many to train on? The others are held out": nothing,
         "langs: name two or more, for calm three, with spaces between them": too_few,
-        "device cuda: this torch sees no GPU": no_gpu,
+        f"device cuda: each process needs a GPU; torch sees {gpus} here": no_gpu,
     }
     for message, applies in refused.items():
         if applies:
@@ -144,8 +146,7 @@ def check_settings(config: Config) -> None:
 def gamma_matrix(config: Config) -> Tensor:
     """gamma (L, L) of --gamma or --trust; warns where Lemma 3 does not hold.
 
-    By Eq. 6 a small gamma_1 keeps language 1 as it is. Section 6.4 names its settings the other way
-    round: what it calls EN Stable, (10, 0.1), is `--gamma 0.1 10` here, or `--trust en=10`.
+    Section 6.4 names its settings the other way round: EN Stable is `--gamma 0.1 10` by Eq. 6.
     """
     L = len(config.langs)
     try:
@@ -245,27 +246,23 @@ def train(
         ]
         ref = torch.stack([example.ref_logps for example in examples])  # (B, L, K)
         # r_ALIGN, Eq. 15: what r-hat is to become. (On the CPU: a GPU would round it to TF32.)
-        r_align = dco.align_reward(ref, gamma).to(device)  # (B, L, K)
-        ref = ref.to(device)
+        r_align = dco.align_reward(ref, gamma)  # (B, L, K)
         learns = torch.stack([example.learns for example in examples])  # (B, L) bool
-        logps = torch.full_like(ref, -torch.inf)  # (B, L, K)
 
         # A row is a question in a language, and a term of the loss, which is their sum over the
         # number of questions. Every process feeds some rows, a few at a time.
-        rows = learns.nonzero().tolist()  # (b, i)
-        sizes = [examples[b].trees[i].tokens() for b, i in rows]
+        step_trees = [tree for example in examples for tree in example.trees]  # B L
+        sizes = {n: step_trees[n].tokens() for n in learns.flatten().nonzero()[:, 0].tolist()}
+        tables = (x.flatten(0, 1).to(device, non_blocking=True) for x in (ref, r_align))
+        row_ref, row_r_align = tables  # (B L, K)
+        logps = torch.full_like(row_ref, -torch.inf)  # (B L, K)
         # FSDP takes the mean of gradients over processes, where their sum is wanted.
         scale = (world if config.shard else 1) / len(examples)
         for group in deal(sizes, config.max_tokens):
-            picked = [rows[row] for row, _ in group]
-            counts = torch.tensor([count for _, count in group], device=device)  # (T,) 1 or 0
-            with autocast(config):
-                new = dco.completion_logps(model, [examples[b].trees[i] for b, i in picked])
-            b, i = zip(*picked, strict=True)
+            new, row, count = feed(model, step_trees, group, logps, config)
             K = new.shape[1]  # of this group
-            loss = language_loss(new, ref[b, i, :K], r_align[b, i, :K], config)  # (T,) Eq. 11
-            (scale * counts * loss).sum().backward()
-            logps[b, i, :K] = new.detach().masked_fill(new.isnan(), torch.inf)
+            loss = language_loss(new, row_ref[row, :K], row_r_align[row, :K], config)  # Eq. 11
+            (scale * count * loss).sum().backward()
 
         # Gradients are summed over processes, by FSDP or here: of all weights, also of one that no
         # row needed, so that all processes reduce the same list, and AdamW has moments of each.
@@ -278,11 +275,12 @@ def train(
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         norm = norm.full_tensor() if config.shard else norm
 
-        # A row of logps is -inf but on the process that fed it, so the largest is its value. (The
-        # maximum of a NaN and a number may be either, hence +inf above.)
+        # A row of logps is -inf but on the process that fed it, so the largest is its value.
         dist.all_reduce(logps, dist.ReduceOp.MAX)
-        losses = language_loss(logps, ref, r_align, config).cpu().where(learns, 0.0)  # (B, L)
-        if not (losses.isfinite().all() and norm.isfinite()):
+        # Here alone a step waits for the GPU; AdamW's update runs on while the next is prepared.
+        logps, norm = logps.cpu().view_as(ref), float(norm)
+        losses = language_loss(logps, ref, r_align, config).where(learns, 0.0)  # (B, L)
+        if not (losses.isfinite().all() and math.isfinite(norm)):
             ids = ", ".join(questions[q].id for q, _ in order[step])
             raise FloatingPointError(f"step {step + 1}: NaN or infinite for questions {ids}")
         lr = config.lr * (1 - step / len(order))  # linear decay, the authors' release's
@@ -291,26 +289,37 @@ def train(
         optimizer.zero_grad()
 
         step += 1
-        metrics = step_metrics(logps.cpu(), ref.cpu(), r_align.cpu(), losses, learns, config)
+        metrics = step_metrics(logps, ref, r_align, losses, learns, config)
         bar.set_postfix(loss=metrics["loss"], refresh=False)
-        yield {"step": step, **metrics, "grad_norm": float(norm), "lr": lr, "tokens": sum(sizes)}
-        if config.save_every and (step % config.save_every == 0 or step == len(order)):
+        tokens = sum(sizes.values())
+        yield {"step": step, **metrics, "grad_norm": norm, "lr": lr, "tokens": tokens}
+        if config.save_every and step % config.save_every == 0:
             save_checkpoint(config, model, optimizer, step)  # after the caller wrote the line
 
 
-def deal(sizes: list[int], max_tokens: int) -> list[list[tuple[int, int]]]:
-    """This process's micro-batches of rows with so many tokens: lists of (row, count).
+def feed(model: nn.Module, trees: list[Tree], group: list, table: Tensor, config: Config) -> tuple:
+    """Score a micro-batch of `deal` into its rows of the table: its (T, K) nats, rows, counts."""
+    with autocast(config):
+        logps = dco.completion_logps(model, [trees[row] for row, _ in group])
+    row, count = torch.tensor(group).T.to(table.device, non_blocking=True)  # (T,) each
+    # The maximum of a NaN and a number may be either: as +inf it is seen by all processes.
+    table[row, : logps.shape[1]] = logps.detach().masked_fill(logps.isnan(), torch.inf)
+    return logps, row, count
+
+
+def deal(sizes: dict[int, int], max_tokens: int) -> list[list[tuple[int, int]]]:
+    """This process's micro-batches of rows, {row: tokens}: lists of (row, count).
 
     Longest first, a row to each process in turn, so that none waits long for another. All get as
     many micro-batches, since FSDP gathers each layer's weights on all processes at once; so in the
     last turn those that would get none get the shortest row once more, to count 0 times. For 2
-    processes, sizes [9, 5, 7] and 15 tokens:
+    processes, sizes {0: 9, 1: 5, 2: 7} and 15 tokens:
 
         process 0   [[(0, 1), (1, 1)]]        the row of 9, then the row of 5
         process 1   [[(2, 1), (1, 0)]]        the row of 7, then that of 5 for nothing
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    order = [(row, 1) for row in sorted(range(len(sizes)), key=lambda row: -sizes[row])]
+    order = [(row, 1) for row in sorted(sizes, key=lambda row: -sizes[row])]
     while len(order) % world:
         order.append((order[-1][0], 0))
     groups, room = [], 0
@@ -327,10 +336,7 @@ def deal(sizes: list[int], max_tokens: int) -> list[list[tuple[int, int]]]:
 def step_metrics(
     logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, learns: Tensor, config: Config
 ) -> dict[str, float]:
-    """What the log shows of a step; margins are of the first two answers.
-
-    logps, ref, r_align: (B, L, K) nats; losses: (B, L); learns: (B, L) bool.
-    """
+    """What the log shows of a step, from `train`'s tables; margins are of the first two answers."""
     metrics = {"loss": losses.sum(1).mean()}
     metrics["probability"] = logps.exp().sum(-1)[learns].mean()  # of all answers drawn
     for i, lang in enumerate(config.langs):
@@ -352,6 +358,9 @@ def step_metrics(
 def init_distributed(config: Config) -> None:
     """Join the group that torchrun's environment describes, or make one of one process."""
     if config.device == "cuda":
+        # Nearly every batch has a length of its own. Without these, memory falls into pieces,
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # and cuDNN plans its attention each time.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if config.dtype == "bfloat16":  # TF32 for the head: exact enough, faster than float32
             torch.set_float32_matmul_precision("high")
@@ -393,21 +402,17 @@ def score(
     flat = [tree for row in trees for tree in row]
     K = max(len(tree.branches) for tree in flat)
     table = torch.full((len(flat), K), -torch.inf, device=config.device)
-    groups = deal([tree.tokens() for tree in flat], config.max_tokens)
+    groups = deal({row: tree.tokens() for row, tree in enumerate(flat)}, config.max_tokens)
     for group in progress(groups, desc, len(groups)):
-        rows = [row for row, _ in group]
-        with autocast(config):
-            logps = dco.completion_logps(model, [flat[row] for row in rows])
-        table[rows, : logps.shape[1]] = logps.masked_fill(logps.isnan(), torch.inf)
+        feed(model, flat, group, table, config)
     dist.all_reduce(table, dist.ReduceOp.MAX)  # as in `train`: -inf but where it was scored
     table = table.cpu().view(len(trees), -1, K)  # (Q, L, K)
     sizes = torch.tensor([len(tree.branches) for tree in flat]).view(len(trees), -1, 1)
     bad = ~table.isfinite() & (torch.arange(K) < sizes)  # -inf is right where one is missing
     ids = [questions[q].id for q in bad.any(-1).any(-1).nonzero()[:, 0].tolist()]
     if ids:
-        raise FloatingPointError(
-            f"{len(ids)} questions score NaN or infinite: {', '.join(ids[:5])}"
-        )
+        some = ", ".join(ids[:5])
+        raise FloatingPointError(f"{len(ids)} questions score NaN or infinite: {some}")
     return table
 
 
@@ -478,21 +483,17 @@ def open_run(config: Config) -> tuple[Config, bool]:
 
     Raises InputError for a folder that holds something else, or a run of other settings.
     """
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:  # one looks, and tells the others: a folder changes while it is made
-        try:
-            answer[0] = find_run(config)
-        except InputError as error:
-            answer[0] = error
+    # One looks, and tells the others: a folder changes while it is made.
+    answer = [find_run(config) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(answer)
-    if isinstance(answer[0], InputError):
-        raise answer[0]
-    out, finished = answer[0]
+    out, finished, problem = answer[0]
+    if problem:
+        raise InputError(f"--out {out} {problem}; name another")
     return replace(config, out=out), finished
 
 
-def find_run(config: Config) -> tuple[str, bool]:
-    """--out, or the next free one of runs/1, runs/2, ..., and whether it holds a finished run."""
+def find_run(config: Config) -> tuple[str, bool, str]:
+    """--out, or the next free of runs/1, runs/2, ...; whether its run is finished; a problem."""
     number = 1
     while Path("runs", str(number)).exists():
         number += 1
@@ -501,23 +502,32 @@ def find_run(config: Config) -> tuple[str, bool]:
     if not path.exists():
         there = {file.name for file in out.iterdir()} if out.is_dir() else set()
         if out.is_file() or there - {"run.json.part"}:  # which a run killed at its start left
-            raise InputError(f"--out {out} is not empty, and holds no run; name another")
+            return str(out), False, "is not empty, and holds no run"
         out.mkdir(parents=True, exist_ok=bool(config.out))
-        return str(out), False
+        return str(out), False, ""
     before, now = json.loads(path.read_text(encoding="utf-8")), asdict(config)
     for name in now.keys() - MAY_DIFFER:
         if before.get(name) != now[name]:
             change = f"--{name} was {before.get(name)!r}, now {now[name]!r}"
-            raise InputError(f"--out {out} holds a run of other settings: {change}; name another")
-    return str(out), (out / "metrics.json").exists()
+            return str(out), False, f"holds a run of other settings: {change}"
+    return str(out), (out / "metrics.json").exists(), ""
+
+
+def begin_run(config: Config) -> None:
+    """Write run.json where it is not yet. Raises InputError unless all processes see it."""
+    path = Path(config.out, "run.json")
+    if dist.get_rank() == 0 and not path.exists():
+        write_whole(path, json.dumps(asdict(config), indent=1))
+    dist.barrier()
+    seen = torch.tensor(int(path.exists()), device=config.device)
+    dist.all_reduce(seen, dist.ReduceOp.MIN)
+    if not seen:
+        raise InputError(f"--out {config.out}: not seen by all processes; machines must share it")
 
 
 # ---------------------------------------------------------------------------------- loading, saving
 def load_model(config: Config) -> tuple[nn.Module, Any]:
-    """The model, in float32, and its tokenizer. Every process reads all of it.
-
-    Raises InputError where it is not a causal language model.
-    """
+    """The model, in float32, and its tokenizer; InputError where it is no causal language model."""
     try:
         how = {"trust_remote_code": False}  # nor is there a prompt for it
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, **how)
@@ -542,6 +552,8 @@ def place(model: nn.Module, config: Config) -> None:
     head.forward = partial(float32_logits, head)
     # GradientCheckpointingLayer is transformers' name for a decoder layer.
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers and (config.shard or config.gradient_checkpointing):
+        raise InputError("--shard, --gradient_checkpointing: the layers of this model are unknown")
     if config.gradient_checkpointing:
         # By hand, inside FSDP's hooks. transformers' own way is outside, and there torch 2.9 to
         # 2.12 does not cast to bfloat16 when a layer is computed again.
@@ -553,8 +565,6 @@ def place(model: nn.Module, config: Config) -> None:
         if embeddings.weight is head.weight:
             embeddings.sparse = True  # else a second gradient of the whole vocabulary: mostly zeros
         return
-    if not layers:
-        raise InputError(f"--shard: {type(model).__name__} has no decoder layers known as such")
     mesh = init_device_mesh(config.device, (dist.get_world_size(),))
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -573,7 +583,7 @@ def float32_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
     """
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
-        return F.linear(hidden.float(), head.weight.float(), bias)
+        return nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
 
 def check_model(model: nn.Module, trees: list[list[Tree]], config: Config) -> None:
@@ -607,13 +617,10 @@ TEACHING_STEPS = 700
 
 
 def embedded_model(config: Config) -> tuple[nn.Module, Any]:
-    """A tiny Llama over whole words that has learnt real facts unevenly, and its tokenizer.
+    """A tiny Llama over whole words, taught a share of the facts by SFT, and its tokenizer.
 
-    It learns each language's share of them (COVERAGE), drawn by the seed, by SFT. Every process
-    teaches its own: they end up the same.
+    Every process teaches its own: they end up the same.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     texts, facts = [], []  # all that can be asked, and (prompt, answer) of what is taught
     for question in data.load("atlas", config.langs):
         for lang in config.langs:
@@ -708,8 +715,7 @@ def main() -> None:
     place(model, config)
     check_model(model, [row for rows in trees.values() for row in rows], config)
     print0(describe(model, tokenizer, trees["test"][0], config))
-    if rank == 0 and not (out / "run.json").exists():
-        write_whole(out / "run.json", json.dumps(asdict(config), indent=1))
+    begin_run(config)
     seconds["load"] = time.time() - began
 
     # The reference pass: all that training and pi* need of the model before training. A resumed
@@ -772,9 +778,8 @@ def run_training(
     questions, rows = [questions[q] for q in used], [trees["train"][q] for q in used]
 
     path, step = Path(config.out, "log.jsonl"), max(checkpoints(config), default=0)
-    kept = []  # what a killed run logged after its last checkpoint is logged again
-    if step:
-        kept = path.read_text().splitlines(keepends=True)[:step]
+    # What a killed run logged after its last checkpoint is logged again.
+    kept = path.read_text().splitlines(keepends=True)[:step] if step else []
     tokens = sum(json.loads(line)["tokens"] for line in kept)
     if dist.get_rank() == 0:
         write_whole(path, "".join(kept))

@@ -294,7 +294,7 @@ def deal_to_all(sizes, max_tokens, world):
         patch.setattr(train.dist, "get_world_size", lambda: world)
         for rank in range(world):
             patch.setattr(train.dist, "get_rank", lambda rank=rank: rank)
-            shares.append(train.deal(sizes, max_tokens))
+            shares.append(train.deal(dict(enumerate(sizes)), max_tokens))
     return shares
 
 

@@ -397,7 +397,7 @@ BAD = {
     "--model /no/such/model": "--model /no/such/model cannot be loaded",
 }
 if not torch.cuda.is_available():
-    BAD["--device cuda"] = "--device cuda: this torch sees no GPU"
+    BAD["--device cuda"] = "--device cuda: each process needs a GPU; torch sees 0 here"
 
 
 @pytest.mark.parametrize("arguments, message", BAD.items(), ids=BAD)
