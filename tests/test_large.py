@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import sys
+from itertools import combinations
 
 import pytest
 import torch
 
 import bench
 import data
+import dco
 import test_scoring
 import train as program
 from conftest import fork, wait, weights
@@ -26,8 +28,10 @@ FAMILIES = {
     "mistral": SMALL,
 }
 LARGE = {"dtype": "bfloat16", "gradient_checkpointing": True, "shard": True}  # the README's command
-WAYS = {"two": {}, "sharded": {"shard": True}, "bfloat16": LARGE}  # over two processes
-
+WAYS = {}  # over two processes: every combination of these
+for number in range(4):
+    for names in combinations(LARGE, number):
+        WAYS[f"two {names}"] = {name: LARGE[name] for name in names}
 
 TREES = test_scoring.some_trees(0, 8, answers=3)
 ROWS = [TREES[q : q + 2] for q in range(0, 8, 2)]  # four questions, in two languages
@@ -99,25 +103,43 @@ def test_every_family_trains_the_same_however_it_is_divided(folder, process_grou
     for way in WAYS:
         after = weights(folder / way / family)
         assert after.keys() == before.keys()
+        exact = "dtype" not in WAYS[way]
         for name, weight in after.items():
             assert weight.dtype == torch.float32
             assert torch.equal(before[name].float(), weight) == (name in frozen), name
-            if way != "bfloat16":  # each element has moved by up to 3e-3
+            if exact:  # each element has moved by up to 3e-3
                 torch.testing.assert_close(weight, wanted[name], rtol=1e-4, atol=2e-4)
         moves = moved(before, after, trained), moved(before, wanted, trained)
         assert torch.cosine_similarity(*moves, dim=0) > 0.99
         result = torch.load(folder / way / family / "result.pt")
-        near = 0.06 if way == "bfloat16" else 1e-3
+        near = 1e-3 if exact else 0.06
         for line, wanted_line in zip(result["log"], one["log"], strict=True):
             for key in ("loss", "grad_norm"):  # Adam and clipping hide the gradient's scale
                 assert line[key] == pytest.approx(wanted_line[key], rel=near), (way, key)
         gap = (result["scores"] - one["scores"]).abs().max()
-        assert 1e-4 < gap < 0.3 if way == "bfloat16" else gap < 1e-3
+        assert gap < 1e-3 if exact else 1e-4 < gap < 0.3
 
 
 def moved(before, after, names):
     """By how much each weight has moved, as one vector."""
     return torch.cat([(after[name] - before[name]).flatten() for name in names])
+
+
+def test_a_layer_is_computed_again_inside_the_hooks_that_fsdp_put_on_it(folder, process_group):
+    """Outside, as transformers has it, torch 2.9 to 2.12 does not cast to bfloat16, and crashes."""
+    model, _, config = load(folder / "llama", **LARGE)
+    layer, calls = model.get_decoder().layers[0], []
+    for module in (layer, layer.mlp):
+        module.register_forward_pre_hook(lambda module, inputs: calls.append(module))
+    dco.completion_logps(model, TREES).sum().backward()
+    assert (calls.count(layer), calls.count(layer.mlp)) == (1, 2)
+
+
+@pytest.mark.parametrize("setting", ["shard", "gradient_checkpointing"])
+def test_a_model_whose_layers_are_not_found_is_refused(folder, monkeypatch, process_group, setting):
+    monkeypatch.setattr(program, "GradientCheckpointingLayer", type("Other", (), {}))
+    with pytest.raises(data.InputError, match=f"{setting}.*: the layers of this model are unknown"):
+        load(folder / "llama", **{setting: True})
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -127,7 +149,7 @@ def test_the_trace_counts_a_share_of_the_states_and_what_a_step_adds(monkeypatch
     number = sum(weight.numel() for weight in bench.random_model("tiny", "meta").parameters())
     settings = {"dtype": "bfloat16", "gradient_checkpointing": True, "shard": world > 1}
     config = program.with_defaults(program.Config(model="tiny", device="cpu", **settings))
-    states, most = bench.trace(world, config, test_scoring.some_trees(1, 4))
+    states, forward, most = bench.trace(world, config, test_scoring.some_trees(1, 4))
     share = 4 * number / world  # bytes of a process
     assert states == pytest.approx(3 * share, rel=1e-3)  # weights and AdamW's two moments
-    assert 4 * share < most < 6 * share  # gradients, too
+    assert states < forward < most and 4 * share < most < 6 * share  # gradients, too
