@@ -56,7 +56,8 @@ SIZES = {  # layers, heads, heads of keys, their width, width, feed-forward, voc
     "7B": ("qwen2", 28, 28, 4, 128, 3584, 18944, 152064, False),
     "14B": ("qwen2", 48, 40, 8, 128, 5120, 13824, 152064, False),
     "8B": ("llama", 32, 32, 8, 128, 4096, 14336, 128256, False),  # Llama 3.1
-    # Gemma 3, without its image part, which would take 1.7 GB more.
+    # Gemma 3, the larger ones without their image part, which would take 1.7 GB more.
+    "1B": ("gemma3_text", 26, 4, 1, 256, 1152, 6912, 262144, True),
     "4B": ("gemma3_text", 34, 8, 4, 256, 2560, 10240, 262208, True),
     "12B": ("gemma3_text", 48, 16, 8, 256, 3840, 15360, 262208, True),
 }
@@ -265,33 +266,34 @@ def compare(config: train.Config, shape: str, stage: str, other: str, repeat: in
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that are alive under it: now, and at most."""
+    """Bytes of the storages that are alive under it: those of states, now in all, and at most."""
 
     def __init__(self):
         super().__init__()
-        self.storages = weakref.WeakKeyDictionary()
-        self.most = self.operations = 0
+        self.kept, self.others = weakref.WeakSet(), weakref.WeakSet()
+        self.states = self.most = 0
 
-    def add(self, tensor: Tensor) -> None:
+    def keep(self, tensor: Tensor) -> None:
+        """Count a state once: it stays as it is, and there are many."""
         share = getattr(tensor, "_local_tensor", tensor)  # of a tensor that is sharded
-        self.storages[share.untyped_storage()] = None
+        self.kept.add(share.untyped_storage())
+        self.others.discard(share.untyped_storage())
+        self.states += share.untyped_storage().nbytes()
 
-    def now(self) -> int:
-        return sum(storage.nbytes() for storage in list(self.storages))
+    def now(self) -> int:  # anew each time, since FSDP frees storages by making them empty
+        return self.states + sum(storage.nbytes() for storage in list(self.others))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, FakeTensor):
-                self.add(tensor)
-        self.operations += 1
-        if self.operations % 4 == 0:  # looking takes longer than most operations
-            self.most = max(self.most, self.now())
+            if isinstance(tensor, FakeTensor) and tensor.untyped_storage() not in self.kept:
+                self.others.add(tensor.untyped_storage())
+        self.most = max(self.most, self.now())
         return out
 
 
-def trace(world: int, config: train.Config, trees: list) -> tuple[int, int]:
-    """Bytes of one of so many processes: weights and moments; at most in a micro-batch with these.
+def trace(world: int, config: train.Config, trees: list) -> tuple[int, int, int]:
+    """Bytes of one of so many processes: weights and moments; at most with the forward pass; ever.
 
     The real model, sharding, compute precision and checkpointing, on tensors without contents.
     """
@@ -314,18 +316,18 @@ def trace(world: int, config: train.Config, trees: list) -> tuple[int, int]:
         model.get_input_embeddings().sparse = False  # fake tensors know none: a gradient too many
         with live:
             for weight in model.parameters():
-                live.add(weight)
+                live.keep(weight)
                 if weight.requires_grad:
                     weight.moments = [torch.zeros_like(weight), torch.zeros_like(weight)]
                     for moment in weight.moments:
-                        live.add(moment)
-            states = live.now()
+                        live.keep(moment)
             with train.autocast(config):
                 logps = dco.completion_logps(model, trees)
+            forward = max(live.most, live.now())
             # not Eq. 11, which looks at its rows; a loss of so few numbers takes no room
             dco.dpo_loss(logps, torch.zeros_like(logps), config.beta).sum().backward()
     dist.destroy_process_group()
-    return states, live.most
+    return live.states, forward, live.most
 
 
 def memory(config: train.Config) -> None:
@@ -337,18 +339,23 @@ def memory(config: train.Config) -> None:
         divided = replace(config, shard=shard)
         real = (divided, "equal", "step", "memory")
         used = in_new_processes(this_program, *real, world=world)["room"]
-        _, traced = trace(world, divided, [tree] * (8 // world))
+        *_, traced = trace(world, divided, [tree] * (8 // world))
         title = f"{config.model}, {world} processes, {'sharded' if shard else 'replicated'}"
         print(f"{title}: {used / 2**30:.2f} GiB each, {traced / used:.2f} of it traced", flush=True)
-    print("\nGB of each GPU, checkpointed, bfloat16, 2,000 tokens; fits: a tenth is left free\n")
-    print("| | GPUs | states | at most | fits |\n| --- | --- | --- | --- | --- |")
-    for size in ("3B", "4B", "7B", "8B", "12B", "14B"):
+    print("\nGB of each GPU, bfloat16, 2,000 tokens; fits: in so many GB a tenth is left free\n")
+    ways = ("forward | backward | fits |", "checkpointed: forward | backward | fits |")
+    print(f"| | GPUs | states | {' '.join(ways)}\n|{' --- |' * 9}")
+    for size in ("1B", "3B", "4B", "7B", "8B", "12B", "14B"):
         for world in (1, 2, 4, 8):
             config = replace(config, model=size, shard=world > 1, device="cpu", dtype="bfloat16")
-            states, most = trace(world, config, [tree] * 32)
-            fits = [f"{GB} GB" for GB in (24, 40, 80) if most < 0.9e9 * GB] + ["none"]
-            numbers = f"{world} | {states / 1e9:.1f} | {most / 1e9:.1f} | {fits[0]}"
-            print(f"| {SIZES[size][0]} {size} | {numbers} |", flush=True)
+            cells = []
+            for recompute in (False, True):
+                config = replace(config, gradient_checkpointing=recompute)
+                states, forward, most = trace(world, config, [tree] * 32)
+                fits = [str(GB) for GB in (24, 40, 80, 141) if most < 0.9e9 * GB] + ["none"]
+                cells += [f"{forward / 1e9:.1f}", f"{most / 1e9:.1f}", fits[0]]
+            row = [f"{SIZES[size][0]} {size}", str(world), f"{states / 1e9:.1f}", *cells]
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 def main() -> None:
