@@ -57,13 +57,6 @@ def test_table_1s_clc_all_of_the_base_is_with_english_alone(paper):
         assert clc == table_2[model][0][0]
 
 
-def test_table_1s_joint_row_of_aya_is_its_bilingual_one_and_contradicts_two_claims(paper):
-    aya = {method: by_model["aya-expanse-8b"] for method, by_model in methods(paper).items()}
-    assert aya["dco"] == models(paper, 2)["aya-expanse-8b"][1][:3]
-    assert aya["dpo then dco"][0] < aya["sft"][0] < aya["dco"][0]  # not "the highest CLC"
-    assert aya["dpo"][0] < aya["sft"][0]  # not "larger gains ... across all LLMs"
-
-
 def test_table_2_is_the_mean_of_tables_5_to_10_elsewhere_but_for_three_of_qwen3_14b(paper):
     table_2, different = models(paper, 2), set()
     for n, data_set in enumerate(("mmmlu", "xcsqa", "bmlama")):

@@ -237,7 +237,6 @@ def test_a_run_at_the_edge_ends_with_finite_numbers(world, tmp_path):
 
 DIVISIONS = {  # arguments: processes, 0 for this one
     "--max_tokens 1": 0,  # micro-batches of one row
-    "--gradient_checkpointing": 0,
     "--max_tokens 100": 3,
     "--shard --gradient_checkpointing --max_tokens 60": 2,
 }
