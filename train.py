@@ -522,7 +522,7 @@ def begin_run(config: Config) -> None:
     seen = torch.tensor(int(path.exists()), device=config.device)
     dist.all_reduce(seen, dist.ReduceOp.MIN)
     if not seen:
-        raise InputError(f"--out {config.out}: not seen by all processes; machines must share it")
+        raise InputError(f"--out {config.out}: not all processes see it: machines must share it")
 
 
 # ---------------------------------------------------------------------------------- loading, saving

@@ -175,7 +175,7 @@ def test_a_folder_that_not_all_processes_see_ends_the_run_before_it_begins(world
     before = functools.partial(enter, tmp_path)
     statuses, text = wait(fork("train.py", command(world, "out"), 2, before), timeout=60)
     assert statuses == [2, 2] and "reference" not in text
-    assert "error: --out out: not seen by all processes; machines must share it\n" in text
+    assert "error: --out out: not all processes see it: machines must share it\n" in text
 
 
 # -------------------------------------------------------------------------------- NaN and infinity
