@@ -166,7 +166,8 @@ def completion_logps(model: nn.Module, trees: Sequence) -> Tensor:
     # Logits are the largest tensor of a step: they are computed where one is needed, and once.
     needed, index = column.unique(return_inverse=True)  # (C,), (S,)
     tensors = (row, needed, index, target, slot)
-    # Without waiting for a GPU: while it computes this row, the CPU packs the next.
+    if device.type == "cuda":  # pinned, as else the CPU waits for it, instead of packing the next
+        tensors = [x.pin_memory() for x in tensors]
     row, needed, index, target, slot = (x.to(device, non_blocking=True) for x in tensors)
     token, position, tree, answer = row  # (N,) each
 
@@ -181,7 +182,7 @@ def completion_logps(model: nn.Module, trees: Sequence) -> Tensor:
 
     T, K = len(trees), max(len(tree.branches) for tree in trees)
     answers = torch.full((T * K,), -torch.inf, device=device)
-    answers[slot] = 0.0  # those that there are
+    answers.index_fill_(0, slot, 0.0)  # those that there are
     return answers.index_add(0, slot, logps).view(T, K)
 
 

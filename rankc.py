@@ -33,7 +33,7 @@ def rankc(scores_a: Tensor, scores_b: Tensor) -> Tensor:
 
 
 def clc(scores: Tensor) -> Tensor:
-    """RankC (App. I) of each pair of languages: (Q, L, K) -> (L, L). Errors as rankc."""
+    """RankC (App. I) of each pair of languages: (Q, L, K) -> (L, L). Raises as rankc does."""
     matrix = torch.eye(scores.shape[1], dtype=torch.double)
     for (a, b), consistency in pairwise_rankc(scores).items():
         matrix[a, b] = matrix[b, a] = consistency.mean()
@@ -267,8 +267,7 @@ def write_answers(
 ) -> None:
     """A line a question, with the nats of each candidate: anything can be computed again.
 
-    splits: {split: [data.Question]}; tables: {split: {stage: (Q, L, K)}}. "seen" tells whether the
-    prompt in the reference language is among trained_on, those of training questions.
+    tables: {split: {stage: (Q, L, K)}}; trained_on: prompts, in the reference language, for "seen".
     """
     first = reference_language(langs)
     with open(path, "w", encoding="utf-8") as file:

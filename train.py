@@ -80,7 +80,7 @@ class Config:
     out: str = HfArg(default="", help="folder; the same command again continues the run in it")
     eval_only: bool = HfArg(default=False, help="report on the held-out questions, train nothing")
     eval_every: int = HfArg(default=0, help="steps between looks at 200 of them; 0: none")
-    save_every: int | None = HfArg(default=None, help="steps a checkpoint; 0: none (cpu: 250)")
+    save_every: int | None = HfArg(default=None, help="steps between saves; 0: none (cuda: 6000)")
 
 
 LEARNING_RATE = {"dco": 1e-5, "sft": 5e-7, "dpo": 5e-6, "calm": 5e-6}  # App. G
@@ -103,7 +103,7 @@ def with_defaults(config: Config) -> Config:
         "max_tokens": 4096 if on_gpu else 512,
         "device": "cuda" if on_gpu else "cpu",
         "dtype": "bfloat16" if on_gpu else "float32",
-        # So that it takes a tenth of the time at most: on a GPU, one takes as long as 600 steps.
+        # A tenth of the time at most: on a GPU a checkpoint takes as long as 250 to 700 steps.
         "save_every": 6000 if on_gpu else 250,
     }
     if not config.train_subjects:  # else all questions of these
@@ -121,7 +121,8 @@ def check_settings(config: Config) -> None:
     """Raise InputError for settings that are out of range or do not go together."""
     from_one = (config.epochs, config.batch_questions, config.pairs_per_question, config.max_tokens)
     from_zero = (config.grad_clip, config.save_every, config.eval_every, config.candidates)
-    nothing = not (config.train_questions or config.train_subjects or config.eval_only)
+    number = config.train_questions
+    nothing = number == 0 or (number is None and not config.train_subjects)
     too_few = len(config.langs) < (3 if config.method == "calm" else 2)
     gpus = torch.cuda.device_count()
     no_gpu = config.device == "cuda" and gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -134,7 +135,8 @@ def check_settings(config: Config) -> None:
         "test_questions 0: there is nothing to report on": config.test_questions == 0,
         "trust and --gamma both set Gamma: give one": config.trust and config.gamma,
         "data: without --model there is atlas alone": not config.model and config.data != "atlas",
-        "train_questions: how many to train on? The others are held out": nothing,
+        "train_questions: how many to train on? The others are held out": nothing
+        and not config.eval_only,
         "langs: name two or more, for calm three, with spaces between them": too_few,
         f"device cuda: each process needs a GPU; torch sees {gpus} here": no_gpu,
     }
@@ -253,15 +255,14 @@ def train(
         # number of questions. Every process feeds some rows, a few at a time.
         step_trees = [tree for example in examples for tree in example.trees]  # B L
         sizes = {n: step_trees[n].tokens() for n in learns.flatten().nonzero()[:, 0].tolist()}
-        tables = (x.flatten(0, 1).to(device, non_blocking=True) for x in (ref, r_align))
-        row_ref, row_r_align = tables  # (B L, K)
-        logps = torch.full_like(row_ref, -torch.inf)  # (B L, K)
+        refs, rewards = (x.flatten(0, 1).to(device, non_blocking=True) for x in (ref, r_align))
+        logps = torch.full_like(refs, -torch.inf)  # (B L, K), as these two
         # FSDP takes the mean of gradients over processes, where their sum is wanted.
         scale = (world if config.shard else 1) / len(examples)
         for group in deal(sizes, config.max_tokens):
             new, row, count = feed(model, step_trees, group, logps, config)
             K = new.shape[1]  # of this group
-            loss = language_loss(new, row_ref[row, :K], row_r_align[row, :K], config)  # Eq. 11
+            loss = language_loss(new, refs[row, :K], rewards[row, :K], config)  # (T,) Eq. 11
             (scale * count * loss).sum().backward()
 
         # Gradients are summed over processes, by FSDP or here: of all weights, also of one that no
@@ -277,7 +278,7 @@ def train(
 
         # A row of logps is -inf but on the process that fed it, so the largest is its value.
         dist.all_reduce(logps, dist.ReduceOp.MAX)
-        # Here alone a step waits for the GPU; AdamW's update runs on while the next is prepared.
+        # Here alone a step waits for the GPU: AdamW's update runs while the next step is prepared.
         logps, norm = logps.cpu().view_as(ref), float(norm)
         losses = language_loss(logps, ref, r_align, config).where(learns, 0.0)  # (B, L)
         if not (losses.isfinite().all() and math.isfinite(norm)):
@@ -291,8 +292,7 @@ def train(
         step += 1
         metrics = step_metrics(logps, ref, r_align, losses, learns, config)
         bar.set_postfix(loss=metrics["loss"], refresh=False)
-        tokens = sum(sizes.values())
-        yield {"step": step, **metrics, "grad_norm": norm, "lr": lr, "tokens": tokens}
+        yield {"step": step, **metrics, "grad_norm": norm, "lr": lr, "tokens": sum(sizes.values())}
         if config.save_every and step % config.save_every == 0:
             save_checkpoint(config, model, optimizer, step)  # after the caller wrote the line
 
@@ -358,9 +358,9 @@ def step_metrics(
 def init_distributed(config: Config) -> None:
     """Join the group that torchrun's environment describes, or make one of one process."""
     if config.device == "cuda":
-        # Nearly every batch has a length of its own. Without these, memory falls into pieces,
+        # Almost every batch has a new length: this keeps memory from fragmenting,
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # and cuDNN plans its attention each time.
+        torch.backends.cuda.enable_cudnn_sdp(False)  # and cuDNN would plan its attention anew
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if config.dtype == "bfloat16":  # TF32 for the head: exact enough, faster than float32
             torch.set_float32_matmul_precision("high")
@@ -550,10 +550,11 @@ def place(model: nn.Module, config: Config) -> None:
         part.requires_grad_(True)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     head.forward = partial(float32_logits, head)
+    embeddings.padding_idx = None  # nothing is padded; to skip it, the CPU would wait for a GPU
     # GradientCheckpointingLayer is transformers' name for a decoder layer.
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers and (config.shard or config.gradient_checkpointing):
-        raise InputError("--shard, --gradient_checkpointing: the layers of this model are unknown")
+        raise InputError("--shard, --gradient_checkpointing: no decoder layers found in this model")
     if config.gradient_checkpointing:
         # By hand, inside FSDP's hooks. transformers' own way is outside, and there torch 2.9 to
         # 2.12 does not cast to bfloat16 when a layer is computed again.
@@ -653,7 +654,6 @@ def embedded_model(config: Config) -> tuple[nn.Module, Any]:
 
 # ---------------------------------------------------------------------------------- from end to end
 def print0(text: str) -> None:
-    """Print on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(text, flush=True)
 

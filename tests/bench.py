@@ -266,7 +266,7 @@ def compare(config: train.Config, shape: str, stage: str, other: str, repeat: in
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that are alive under it: those of states, now in all, and at most."""
+    """Bytes of the storages alive under it: states, which stay; now(), all; most, the peak."""
 
     def __init__(self):
         super().__init__()

@@ -135,7 +135,7 @@ def test_a_layer_is_computed_again_inside_the_hooks_that_fsdp_put_on_it(folder, 
 @pytest.mark.parametrize("setting", ["shard", "gradient_checkpointing"])
 def test_a_model_whose_layers_are_not_found_is_refused(folder, monkeypatch, process_group, setting):
     monkeypatch.setattr(program, "GradientCheckpointingLayer", type("Other", (), {}))
-    with pytest.raises(data.InputError, match=f"{setting}.*: the layers of this model are unknown"):
+    with pytest.raises(data.InputError, match=f"{setting}.*: no decoder layers found"):
         load(folder / "llama", **{setting: True})
 
 

@@ -50,13 +50,6 @@ def test_table_2s_mmmlu_accuracy_before_dco_is_that_after_it(paper):
         assert base[2] == pytest.approx(before + rise, abs=0.011)
 
 
-def test_table_1s_clc_all_of_the_base_is_with_english_alone(paper):
-    with_english, table_2 = models(paper, 5), models(paper, 2)
-    for model, (clc, _, _) in methods(paper)["base"].items():
-        assert clc == pytest.approx(mean(with_english[model][0]), abs=0.011)
-        assert clc == table_2[model][0][0]
-
-
 def test_table_2_is_the_mean_of_tables_5_to_10_elsewhere_but_for_three_of_qwen3_14b(paper):
     table_2, different = models(paper, 2), set()
     for n, data_set in enumerate(("mmmlu", "xcsqa", "bmlama")):

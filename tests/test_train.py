@@ -389,6 +389,7 @@ BAD = {
     "--gamma 0 1 1 1 0 1 1 1 0 --trust en=2": "--trust and --gamma both",
     "--train_questions 12": "there are 11",
     "--train_questions 0": "--train_questions: how many",
+    "--train_questions 0 --train_subjects even": "--train_questions: how many",
     "--test_questions 0": "nothing to report on",
     "--train_subjects biology": "no subject 'biology'; there are even, odd",
     "--data /some/place": "error: --data /some/place",
