@@ -556,7 +556,7 @@ def place(model: nn.Module, config: Config) -> None:
     if not layers and (config.shard or config.gradient_checkpointing):
         raise InputError("--shard, --gradient_checkpointing: no decoder layers found in this model")
     if config.gradient_checkpointing:
-        # By hand, inside FSDP's hooks. transformers' own way is outside, and there torch 2.9 to
+        # By hand, inside FSDP's hooks. Outside, where transformers up to 5.18 has it, torch up to
         # 2.12 does not cast to bfloat16 when a layer is computed again.
         how = {"use_reentrant": False, "preserve_rng_state": False}
         for layer in layers:

@@ -82,3 +82,4 @@ def test_a_step_waits_for_the_gpu_in_one_place(on_a_gpu, tied):
         next(steps)
     waits = {(w.filename, w.lineno) for w in caught if "synchroniz" in str(w.message)}
     assert len(waits) == 1 and waits.pop()[0] == program.__file__
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -289,6 +289,7 @@ def test_the_steps_bring_the_policy_to_the_optimal_one(process_group, tmp_path):
     torch.testing.assert_close(reached, wanted, rtol=0, atol=0.2)
     assert (reference.double().log_softmax(-1) - wanted).abs().max() > 2  # there was a way to go
     assert len(log) == 200 and log[-1]["consistent"] == 1
+    assert log[0]["tokens"] == 4 * (2 + 1 + 0 + 1)  # four trees: a prompt, answers but their ends
 
 
 def test_a_tied_embedding_trains_as_if_its_gradient_were_dense(process_group, tmp_path):
@@ -381,11 +382,9 @@ BAD = {
     "--grad_clip -1": "0 at least",
     "--beta nan": "--beta: must be positive and finite",
     "--lr inf": "--lr: must be positive and finite",
-    "--trust en=0": "must be positive and finite",
     "--trust sw=1": "each of --langs once at most",
     "--trust en=two": "--trust takes LANG=NUMBER",
     "--gamma 1 2": "--gamma two numbers for two languages, or L x L",
-    "--gamma 1 0 0 0 1 0 0 0 1": "gamma_ii must be 0",
     "--gamma 0 1 1 1 0 1 1 1 0 --trust en=2": "--trust and --gamma both",
     "--train_questions 12": "there are 11",
     "--train_questions 0": "--train_questions: how many",
@@ -423,6 +422,15 @@ def test_what_is_not_given_is_the_papers(method):
     assert settings(data="jsonl:FILE").train_questions is None
     assert settings(data="jsonl:FILE", eval_only=True).train_questions == 0  # all are held out
     assert not settings(model="", gamma=[1, 1]).trust and not settings(model="", langs=["fr"]).trust
+
+
+def test_a_gpu_is_used_where_there_is_one_but_for_the_tiny_model(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    wanted = {"m": ("cuda", "bfloat16", 4096, 6000), "": ("cpu", "float32", 512, 250)}
+    for model in wanted:
+        config = settings(device=None, model=model)
+        found = (config.device, config.dtype, config.max_tokens, config.save_every)
+        assert found == wanted[model]
 
 
 # -------------------------------------------------------------------------- `python train.py`
