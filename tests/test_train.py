@@ -426,7 +426,7 @@ def test_what_is_not_given_is_the_papers(method):
 
 def test_a_gpu_is_used_where_there_is_one_but_for_the_tiny_model(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    wanted = {"m": ("cuda", "bfloat16", 4096, 6000), "": ("cpu", "float32", 512, 250)}
+    wanted = {"m": ("cuda", "bfloat16", 4096, 8000), "": ("cpu", "float32", 512, 250)}
     for model in wanted:
         config = settings(device=None, model=model)
         found = (config.device, config.dtype, config.max_tokens, config.save_every)
