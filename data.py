@@ -196,7 +196,7 @@ def read_text(path: Path) -> str:
 
 
 def csv_rows(path: Path, columns: int, delimiter: str, header: bool) -> Iterator:
-    """Where each row of a file begins, as it may take several lines, and its fields, so many.
+    """Where each row of a file begins (it may take several lines), and its fields, so many.
 
     What a header says is not looked at: that of BMLAMA-17's zh.tsv has a stray tab.
     """

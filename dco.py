@@ -166,7 +166,7 @@ def completion_logps(model: nn.Module, trees: Sequence) -> Tensor:
     # Logits are the largest tensor of a step: they are computed where one is needed, and once.
     needed, index = column.unique(return_inverse=True)  # (C,), (S,)
     tensors = (row, needed, index, target, slot)
-    if device.type == "cuda":  # pinned, as else the CPU waits for it, instead of packing the next
+    if device.type == "cuda":  # pinned: else the CPU waits for it, instead of packing the next row
         tensors = [x.pin_memory() for x in tensors]
     row, needed, index, target, slot = (x.to(device, non_blocking=True) for x in tensors)
     token, position, tree, answer = row  # (N,) each

@@ -122,7 +122,7 @@ def check_settings(config: Config) -> None:
     from_one = (config.epochs, config.batch_questions, config.pairs_per_question, config.max_tokens)
     from_zero = (config.grad_clip, config.save_every, config.eval_every, config.candidates)
     number = config.train_questions
-    nothing = number == 0 or (number is None and not config.train_subjects)
+    to_train = number or (number is None and config.train_subjects) or config.eval_only
     too_few = len(config.langs) < (3 if config.method == "calm" else 2)
     gpus = torch.cuda.device_count()
     no_gpu = config.device == "cuda" and gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -135,8 +135,7 @@ def check_settings(config: Config) -> None:
         "test_questions 0: there is nothing to report on": config.test_questions == 0,
         "trust and --gamma both set Gamma: give one": config.trust and config.gamma,
         "data: without --model there is atlas alone": not config.model and config.data != "atlas",
-        "train_questions: how many to train on? The others are held out": nothing
-        and not config.eval_only,
+        "train_questions: how many to train on? The others are held out": not to_train,
         "langs: name two or more, for calm three, with spaces between them": too_few,
         f"device cuda: each process needs a GPU; torch sees {gpus} here": no_gpu,
     }
@@ -514,7 +513,7 @@ def find_run(config: Config) -> tuple[str, bool, str]:
 
 
 def begin_run(config: Config) -> None:
-    """Write run.json where it is not yet. Raises InputError unless all processes see it."""
+    """Write run.json unless it is there. Raises InputError unless all processes see it."""
     path = Path(config.out, "run.json")
     if dist.get_rank() == 0 and not path.exists():
         write_whole(path, json.dumps(asdict(config), indent=1))
