@@ -36,6 +36,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "tests")]
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 
 import bench
@@ -137,7 +138,7 @@ def attention():
                 began = now()
                 torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).sum().backward()
                 times.append(1e3 * (now() - began))
-        kernel = str(torch.nn.attention.SDPBackend(kernel).name) if GPU else "of CPUs"
+        kernel = SDPBackend(kernel).name if GPU else "of CPUs"
         result(cudnn_allowed=cudnn, kernel=kernel, new_length_ms=round(sorted(first)[2], 2),
                seen_length_ms=round(sorted(again)[2], 2))
 
