@@ -138,8 +138,7 @@ def attention():
                 began = now()
                 torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).sum().backward()
                 times.append(1e3 * (now() - began))
-        kernel = SDPBackend(kernel).name if GPU else "of CPUs"
-        result(cudnn_allowed=cudnn, kernel=kernel, new_length_ms=round(sorted(first)[2], 2),
+        result(cudnn_allowed=cudnn, kernel=SDPBackend(kernel).name, new_length_ms=round(sorted(first)[2], 2),
                seen_length_ms=round(sorted(again)[2], 2))
 
 
