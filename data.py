@@ -142,6 +142,7 @@ def encode_one(
 
 # ------------------------------------------------------------------------------------------ loaders
 Questions = Iterator[tuple[str, Question]]  # where it stands, for messages, and the question
+Rows = Iterator[tuple[str, list[str]]]  # the same of a file's row
 # App. H, Table 4; atlas is ours.
 TRAIN_QUESTIONS = {"atlas": 435, "bmlama": 5000, "mmmlu": 5000, "xcsqa": 800}
 
@@ -195,7 +196,7 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not a readable UTF-8 file ({error})") from error
 
 
-def csv_rows(path: Path, columns: int, delimiter: str, header: bool) -> Iterator:
+def csv_rows(path: Path, columns: int, delimiter: str, header: bool) -> Rows:
     """Where each row of a file begins (it may take several lines), and its fields, so many.
 
     What a header says is not looked at: that of BMLAMA-17's zh.tsv has a stray tab.

@@ -162,11 +162,11 @@ def completion_logps(model: nn.Module, trees: Sequence) -> Tensor:
     each prompt. So to the model every answer stands right behind its prompt.
     """
     device = next(model.parameters()).device
-    row, (column, target, slot) = pack(trees)
+    row, (column, target, slot) = pack(trees)  # (4, N); (S,) each
     # Logits are the largest tensor of a step: they are computed where one is needed, and once.
     needed, index = column.unique(return_inverse=True)  # (C,), (S,)
     tensors = (row, needed, index, target, slot)
-    if device.type == "cuda":  # pinned: else the CPU waits for it, instead of packing the next row
+    if device.type == "cuda":  # pinned: else the CPU waits for the GPU, instead of packing on
         tensors = [x.pin_memory() for x in tensors]
     row, needed, index, target, slot = (x.to(device, non_blocking=True) for x in tensors)
     token, position, tree, answer = row  # (N,) each

@@ -195,7 +195,7 @@ def summarise(
 
 
 def report(metrics: dict, questions: list, tables: dict[str, Tensor], langs: list[str]) -> str:
-    """What a run prints of metrics, {split: summarise(...)}, and the held-out questions' tables."""
+    """What a run prints; metrics: {split: summarise(...)}; questions, tables: the held-out ones."""
     first, test = reference_language(langs), metrics["test"]
     titles = {"base": "before", "trained": "after", "change": "change", "optimum": "pi*"}
     stages = [stage for stage in titles if stage in test]
@@ -343,7 +343,7 @@ def columns(run: Run, first: str) -> dict[str, Part]:
 
 
 def compare(runs: list[Run], by: str = "") -> str:
-    """The paper's Tables 1 to 3 and 5 to 12, in per cent: a row a run, and their mean.
+    """The paper's Tables 1 to 3 and 5 to 12, per cent with errors: a row a run, and their mean.
 
     Raises ValueError for what a run lacks.
     """

@@ -335,7 +335,7 @@ def deal(sizes: dict[int, int], max_tokens: int) -> list[list[tuple[int, int]]]:
 def step_metrics(
     logps: Tensor, ref: Tensor, r_align: Tensor, losses: Tensor, learns: Tensor, config: Config
 ) -> dict[str, float]:
-    """What the log shows of a step, from `train`'s tables; margins are of the first two answers."""
+    """What the log shows of a step, from (B, L, K) nats; margins are of the first two answers."""
     metrics = {"loss": losses.sum(1).mean()}
     metrics["probability"] = logps.exp().sum(-1)[learns].mean()  # of all answers drawn
     for i, lang in enumerate(config.langs):
@@ -357,9 +357,9 @@ def step_metrics(
 def init_distributed(config: Config) -> None:
     """Join the group that torchrun's environment describes, or make one of one process."""
     if config.device == "cuda":
-        # Almost every batch has a new length: this keeps memory from fragmenting,
+        # Almost every batch has a new length. Without these, memory fragments,
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # and cuDNN would plan its attention anew
+        torch.backends.cuda.enable_cudnn_sdp(False)  # and cuDNN plans attention anew each time
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if config.dtype == "bfloat16":  # TF32 for the head: exact enough, faster than float32
             torch.set_float32_matmul_precision("high")

@@ -260,9 +260,9 @@ def sharded():
 def tokens():
     """Ever more questions in a step, up to some 16,000 tokens, and rows of other lengths."""
     model, config, *rest = loaded("1.5B", "bmlama", candidates=0)
-    for questions in (4, 32, 200):
+    for questions in (4, 32, 270):
         for row in (1024, 2048, 4096, 8192):
-            if questions == 200 or row == 4096:
+            if questions == 270 or row == 4096:
                 config = replace(config, batch_questions=questions, max_tokens=row)
                 speed(model, config, *rest, number=8, batch_questions=questions, max_tokens=row)
 
