@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -92,20 +93,25 @@ class Tree(NamedTuple):
 
 
 def encode(
-    tokenizer: Any, questions: list[Question], langs: list[str], context: int | None = None
+    tokenizer: Any, questions: list[Question], langs: list[str], context=math.inf, vocab=math.inf
 ) -> list[list[Tree]]:
     """Trees, [question][language], split into prompt and answer as lm-evaluation-harness does.
 
-    Raises InputError, naming the question, for a text longer than `context` tokens, an answer that
-    becomes no token, and a prompt without a token to predict the answer from.
+    Raises InputError, naming the question, for a text longer than `context` tokens, a token that is
+    not below `vocab`, an answer that becomes no token, and a prompt without one before it.
     """
-    # What a text begins with: a token where the tokenizer has it so, nothing with Qwen's.
-    bos = [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
-    return [[encode_one(tokenizer, q, lang, bos, context) for lang in langs] for q in questions]
+    text = questions[0].prompts[langs[0]] + questions[0].answers[langs[0]][0]
+    bare, ids = (tokenizer(text, add_special_tokens=x)["input_ids"] for x in (False, True))
+    starts = [n for n in range(len(ids) + 1) if ids[n : n + len(bare)] == bare]
+    if not starts:
+        raise InputError(f"with its special tokens, the tokenizer splits {text!r} otherwise")
+    # What begins every text: BOS, or </s> with XGLM, nothing with Qwen.
+    how = (ids[: starts[0]], context, vocab)
+    return [[encode_one(tokenizer, q, lang, *how) for lang in langs] for q in questions]
 
 
 def encode_one(
-    tokenizer: Any, question: Question, lang: str, bos: list[int], context: int | None
+    tokenizer: Any, question: Question, lang: str, first: list, context: float, vocab: float
 ) -> Tree:
     """The tree of a question in one language, by lm-evaluation-harness's rule.
 
@@ -120,16 +126,19 @@ def encode_one(
     texts = [prompt + more for more in ("", *blanks, *answers)]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     # Not twice, where a chat template has put it before the prompt already.
-    encoded = [ids if ids[:1] == bos else bos + ids for ids in encoded]
+    encoded = [ids if ids[: len(first)] == first else first + ids for ids in encoded]
     empty, answered = encoded[: 1 + len(blanks)], encoded[1 + len(blanks) :]
 
     where = f"question {question.id!r}, {lang!r}"
-    for k, ids in enumerate(answered):
-        if ids in empty:
-            raise InputError(f"{where}: answer {k} has no token: the tokenizer drops its text")
+    distinct = {tuple(ids) for ids in answered} - {tuple(ids) for ids in empty}
+    if len(distinct) < len(set(answers)):
+        raise InputError(f"{where}: an answer has no token, or the same as another: {answers}")
     longest = max(len(ids) for ids in answered)
-    if context and longest > context:
+    if longest > context:
         raise InputError(f"{where}: {longest} tokens, but the model's context is {context}")
+    largest = max(max(ids) for ids in answered)
+    if largest >= vocab:
+        raise InputError(f"{where}: token {largest}, but the model's vocabulary is {vocab}")
     # What is scored begins here, in all answers: a token earlier where one merges with the prompt.
     start = min(len(empty[0]), *(len(ids) - 1 for ids in answered))
     shared = 0
@@ -220,7 +229,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line of a JSON Lines file, and where it stands."""
     for number, line in enumerate(io.StringIO(read_text(path)), start=1):
         try:
-            yield f"{path}, line {number}", json.loads(line)
+            value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode()  # raises for half of a character
+            yield f"{path}, line {number}", value
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
 
@@ -261,7 +272,7 @@ def load_atlas(place: Path, langs: list[str], print0: Callable) -> Questions:
 
 
 def load_bmlama(place: Path, langs: list[str], print0: Callable) -> Questions:
-    """BMLAMA-17: LANG.tsv; sentence, answer, candidates, subject; row n is parallel.
+    """BMLAMA-17, -53: LANG.tsv; sentence, answer, candidates, subject; row n is parallel.
 
     The prompt is the sentence up to its mask. An answer is a candidate and what follows the mask,
     if that has a letter: a bare full stop is left out, as in the paper's prefixes and words. The id
@@ -271,7 +282,7 @@ def load_bmlama(place: Path, langs: list[str], print0: Callable) -> Questions:
     sizes = [len(rows) for rows in files]
     if len(set(sizes)) > 1:
         raise InputError(f"{place}: row n must be one question, but {langs} have {sizes} rows")
-    dropped = 0
+    opening, alone = 0, 0  # rows that are dropped
     for line, rows in enumerate(zip(*files, strict=True), start=2):
         prompts, answers = {}, {}
         gold = set(range(len(rows[0][1][2].split(", "))))  # by all languages so far
@@ -289,11 +300,14 @@ def load_bmlama(place: Path, langs: list[str], print0: Callable) -> Questions:
             if not gold:
                 raise InputError(f"{where}: the answer is another candidate than in {langs[0]}")
         if not all(prompt.strip() for prompt in prompts.values()):
-            dropped += 1  # nothing stands before the mask to predict an answer from
-            continue
-        yield where, Question(str(line), rows[0][1][3], min(gold), prompts, answers)
-    if dropped:
-        print0(f"{place}: dropped {dropped} questions in all languages: <mask> opens the sentence")
+            opening += 1  # nothing stands before the mask to predict an answer from
+        elif all(len(names) == 1 for names in answers.values()):
+            alone += 1  # as in 34 rows of BMLAMA-53
+        else:
+            yield where, Question(str(line), rows[0][1][3], min(gold), prompts, answers)
+    if opening + alone:
+        why = f"{opening} open with <mask>, {alone} have one candidate"
+        print0(f"{place}: dropped {opening + alone} questions in all languages: {why}")
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -394,12 +408,8 @@ def load_xcsqa(place: Path, langs: list[str], print0: Callable) -> Questions:
     rows = {lang: [] for lang in langs}
     for lang in langs:
         folder = "jap" if lang == "ja" else lang  # as it is called on disk
-        roots = [place, place / "X-CSQA", place / "X-CSR_datasets" / "X-CSQA"]
-        files = [root / folder / "dev.jsonl" for root in roots]
-        files = [path for path in files if path.is_file()]
-        if not files:
-            raise InputError(f"{place}: no {folder}/dev.jsonl in it, nor in X-CSQA/")
-        for where, line in json_lines(files[0]):
+        root = place / "X-CSQA" if (place / "X-CSQA").is_dir() else place
+        for where, line in json_lines(root / folder / "dev.jsonl"):
             question = field(where, line, "question", dict)
             choices = field(where, question, "choices", list)
             labels = [field(where, choice, "label", str) for choice in choices]

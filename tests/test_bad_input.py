@@ -91,7 +91,7 @@ def test_a_file_that_is_something_else_is_refused_by_its_name(name, content, mes
     [
         ("bmlama:{}", "sw.tsv: not a readable UTF-8 file .*No such file"),
         ("mmmlu:{}", r"'sw': expected one mmlu_SW-XX.csv, or \*_test_sw.csv; there are \[\]"),
-        ("xcsqa:{}", "no sw/dev.jsonl in it"),
+        ("xcsqa:{}", "sw/dev.jsonl: not a readable UTF-8 file"),
     ],
 )
 def test_a_file_that_is_not_there_is_named(spec, message, folder):

@@ -51,11 +51,17 @@ def test_bmlama_keeps_translations_that_repeat_and_finds_gold_by_position(tmp_pa
         assert question.answers["es"] == ("Lima", "Lima", "Lima") and question.gold == 1
 
 
-def test_bmlama_rows_that_open_with_the_mask_are_dropped_everywhere_and_counted(tmp_path):
+def test_bmlama_rows_without_a_prompt_or_a_choice_are_dropped_everywhere_and_counted(tmp_path):
     opening = ["<mask> da hiriburua.", "Lima", "Quito, La Paz, Lima", "Peru"]
-    spec, printed = bmlama(tmp_path, en=[EN, EN], eu=[EN, opening]), []
+    alone = ["Its capital is <mask>.", "Lima", "Lima", "Peru"]
+    spec, printed = bmlama(tmp_path, en=[EN, EN, alone], eu=[EN, opening, alone]), []
     questions = data.load(spec, ["en", "eu"], printed.append)
-    assert [question.id for question in questions] == ["2"] and "dropped 1 questions" in printed[0]
+    assert [question.id for question in questions] == ["2"]
+    why = "1 open with <mask>, 1 have one candidate"
+    assert printed == [f"{tmp_path}: dropped 2 questions in all languages: {why}"]
+    two = ["Its capital is <mask>.", "Lima", "Lima, Quito", "Peru"]
+    with pytest.raises(data.InputError, match=r"question '2': answers .* {'en': 2, 'eu': 1}"):
+        data.load(bmlama(tmp_path, en=[two], eu=[alone]), ["en", "eu"])
 
 
 # ------------------------------------------------------------------------------ multiple choice
@@ -256,10 +262,10 @@ def test_a_split_that_cannot_be_is_refused(train, test, train_subjects, test_sub
 TEXT = "The capital of Peru is Lima . Quito Bogotá La capital de Perú es " * 3
 
 
-def encode(tokenizer, prompt, *answers, context=None):
+def encode(tokenizer, prompt, *answers, **limits):
     """The tree of one question."""
     question = data.Question("q7", "", None, {"en": prompt}, {"en": answers})
-    ((tree,),) = data.encode(tokenizer, [question], ["en"], context)
+    ((tree,),) = data.encode(tokenizer, [question], ["en"], **limits)
     return tree
 
 
@@ -304,21 +310,30 @@ def test_an_answer_that_merges_with_the_prompt_still_scores_a_token():
     assert encode(tokenizer, "ab", "c", "b") == data.Tree([0], [[3], [1, 1]], 0)
 
 
-@pytest.mark.parametrize("prompt", ["The capital", "<s>The capital"])  # as chat templates begin
-@pytest.mark.parametrize("uses_it", [True, False])
-def test_a_beginning_token_stands_once_where_the_tokenizer_uses_one(uses_it, prompt):
+@pytest.mark.parametrize("prompt", ["The capital", "<s><t>The capital"])  # as chat templates begin
+@pytest.mark.parametrize("template", ["$A", "<s> <t> $A", "<s> <t> $A <s>"])
+def test_what_the_tokenizer_puts_before_a_text_stands_there_once(template, prompt):
+    """Whether it is the BOS token, which is <t> here, or not; what it puts behind is not fed."""
     from tokenizers import processors
 
     tokenizer = tiny_tokenizer(TEXT)
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    bos = tokenizer.bos_token_id
-    if uses_it:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", bos)]
-        )
-    begins = uses_it or prompt.startswith("<s>")
-    prefix = encode(tokenizer, prompt, " is", " of").prefix
-    assert prefix.count(bos) == begins and (prefix[0] == bos) == begins
+    tokenizer.add_special_tokens({"bos_token": "<t>", "additional_special_tokens": ["<s>"]})
+    ids = tokenizer.convert_tokens_to_ids(["<s>", "<t>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=list(zip(["<s>", "<t>"], ids, strict=True))
+    )
+    tree = encode(tokenizer, prompt, " is", " of")
+    begins = template != "$A" or prompt.startswith("<s>")
+    assert (tree.prefix[:2] == ids) == begins and tree.prefix.count(ids[0]) == begins
+    assert tree.branches == tokenizer([" is", " of"], add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_whose_special_tokens_change_the_text_itself_is_refused():
+    def tokenizer(text, add_special_tokens=True):
+        return {"input_ids": [1, 2, 4] if add_special_tokens else [2, 3]}
+
+    with pytest.raises(data.InputError, match="the tokenizer splits 'Peru is Lima' otherwise"):
+        encode(tokenizer, "Peru is", " Lima", " Quito")
 
 
 def test_the_longest_text_that_fits_the_context_passes_and_one_token_more_is_refused():
@@ -331,11 +346,22 @@ def test_the_longest_text_that_fits_the_context_passes_and_one_token_more_is_ref
         encode(tokenizer, *texts, context=longest - 1)
 
 
+def test_a_token_beyond_the_models_vocabulary_is_refused_by_its_question():
+    """As one that was added to the tokenizer alone."""
+    tokenizer = tiny_tokenizer(TEXT)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["Cusco"])
+    encode(tokenizer, "La capital", " Lima", " Quito", vocab=size)
+    message = f"question 'q7', 'en': token {size}, but the model's vocabulary is {size}"
+    with pytest.raises(data.InputError, match=message):
+        encode(tokenizer, "La capital", " Lima", " Cusco", vocab=size)
+
+
 @pytest.mark.parametrize(
     "prompt, answers, message",
     [
-        ("La capital es", ("Ω", " Lima"), "answer 0 has no token"),
-        ("La capital es", (" Lima", " Ω"), "answer 1 has no token"),  # a space alone is no answer
+        ("La capital es", ("Ω", " Lima"), "an answer has no token"),
+        ("La capital es", (" Lima", " Ω"), "an answer has no token"),  # a space alone is no answer
         ("Ω", ("Lima", "Quito"), "no token stands before the answers"),
     ],
 )
@@ -357,6 +383,14 @@ def test_bmlama_17_loads_whole_in_all_its_languages(real_data):
     assert len(langs) == 17 and len(questions) == 6792
     assert sum(question.K != 10 for question in questions) == 574
     assert all(question.gold == question.K - 1 for question in questions)
+
+
+def test_the_sample_of_bmlama_53_loads_without_the_rows_of_one_candidate(real_data):
+    printed = []
+    folder = real_data / "bmlama53_sample"
+    questions = data.load(f"bmlama:{folder}", ["en", "ka", "th", "zh"], printed.append)
+    assert len(questions) == 13 and min(question.K for question in questions) > 1
+    assert "dropped 28 questions in all languages: 0 open with <mask>, 28 have one" in printed[0]
 
 
 def test_the_african_translations_of_mmlu_load_whole_in_all_six_languages(real_data):
