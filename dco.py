@@ -236,31 +236,38 @@ def attention_mask(model: nn.Module, sees: Tensor, position: Tensor) -> Tensor |
 
 
 @torch.no_grad()
-def check_packing(model: nn.Module, tree: Any, dtype: torch.dtype = torch.float32) -> None:
-    """Raise ValueError unless the model scores a tree packed, and in company, as plain_logps does.
+def check_packing(model: nn.Module, tree: Any, dtype=torch.float32, company: Sequence = ()) -> None:
+    """Raise ValueError unless the model scores trees packed, and in company, as plain_logps does.
 
+    tree: the largest; company: others to stand beside it, the smallest first. The first and last
+    answers of these two are compared: windows by place in the row, positions by its longest text.
     Scores may differ by a part in 1000, or by 4 times what they shift where each embedding is moved
     by the rounding of dtype, in which the model computes. To be called under scoring's autocast.
     """
-    tree = tree._replace(branches=tree.branches[:3])  # keeps the check cheap
+    compared = [tree, *company[:1]]
+    ends = [x._replace(branches=[x.branches[0], x.branches[-1]]) for x in compared]
+
+    def score() -> Tensor:
+        return torch.cat([completion_logps(model, [x])[0] for x in ends])
+
+    plain, alone = torch.cat([plain_logps(model, x) for x in ends]), score()
     # Of equal tokens a leak would not show: twice the same keys have the same weighted mean.
-    company = tree._replace(prefix=tree.prefix[::-1], branches=tree.branches[::-1])
-    alone, beside = completion_logps(model, [tree])[0], completion_logps(model, [company, tree])[1]
-    plain = plain_logps(model, tree)
-    generator = torch.Generator().manual_seed(0)
+    reverse = tree._replace(prefix=tree.prefix[::-1], branches=tree.branches[::-1])
+    rows = completion_logps(model, [reverse, *compared, *company[1:]])[1:]
+    beside = [row[[0, len(x.branches) - 1]] for x, row in zip(compared, rows)]
 
     def jitter(module: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor:
-        noise = torch.randn(embeddings.shape, generator=generator).to(embeddings.device)
+        noise = torch.randn_like(embeddings, dtype=torch.float32)
         return (embeddings.float() * (1 + torch.finfo(dtype).eps / 4 * noise)).to(embeddings)
 
     hook = model.get_input_embeddings().register_forward_hook(jitter)
-    shifts = [completion_logps(model, [tree])[0] - alone for _ in range(4)]
+    rounding = torch.stack([score() - alone for _ in range(4)]).abs().max()
     hook.remove()
-    rounding = torch.stack(shifts).abs().max()
-    off = (torch.stack([alone, beside]) - plain).abs()
-    bound = (1e-3 + 1e-3 * plain.abs()).clamp(min=4 * rounding)
-    if not (off <= bound).all() and plain.isfinite().all():  # NaN: see train.score
+    packed, plain = torch.cat([alone, *beside]), plain.repeat(2)
+    off = (packed - plain).abs() / (1e-3 + 1e-3 * plain.abs()).clamp(min=4 * rounding)
+    if not (off <= 1).all() and plain.isfinite().all():  # NaN: see train.score
+        n = int(off.argmax())
         raise ValueError(
-            f"{type(model).__name__} scores packed answers differently from each alone, by up to "
-            f"{off.max():.3g} nats: it does not take the mask that keeps them apart"
+            f"an answer has {packed[n]:.5g} nats packed, {plain[n]:.5g} in a plain forward pass: "
+            "packed texts are not kept apart, or what is predicted is seen"
         )

@@ -29,7 +29,16 @@ SMALL = {
 OTHER_NAMES = {  # of the same settings
     "gpt2": {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4},
     "mpt": {"vocab_size": 100, "d_model": 32, "n_layers": 2, "n_heads": 4},
+    "gpt_neo": {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "window_size": 30,
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+    },  # fmt: skip
 }
+PHI3 = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WINDOW = {"sliding_window": 6}  # which the trees exceed
 MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 HALF = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
@@ -42,7 +51,7 @@ FAMILIES = {  # (family, settings): a window in no layer, in all, or in one of t
     "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 64}),
     "gpt2": ("gpt2", {}),
     "mistral, window": ("mistral", WINDOW),
-    "phi3, window": ("phi3", {**WINDOW, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "phi3, window": ("phi3", {**WINDOW, **PHI3}),
     "ministral, window": ("ministral", {**WINDOW, "head_dim": 8}),
     "gemma2, window": ("gemma2", {**WINDOW, "head_dim": 8}),
     "gemma3, window": ("gemma3_text", {**MIXED, "head_dim": 8}),
@@ -257,31 +266,51 @@ def with_a_sink():
     return model
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 REFUSED = {
     "ignores the mask": without_a_mask,
     "sees the row's first token": with_a_sink,
     "a window in the settings alone": functools.partial(tiny, "llama", "sdpa", **WINDOW),
     "by place in the row, MPT": functools.partial(tiny, "mpt"),
+    "an encoder, XLM-R": functools.partial(tiny, "xlm-roberta"),
+    "logits_to_keep is no argument, CPM-Ant": functools.partial(tiny, "cpmant", dim_head=8),
+    "a window by place in the row, GPT-Neo": functools.partial(tiny, "gpt_neo"),
+    "other positions beside a long text, Phi-3": functools.partial(
+        tiny, "phi3", **PHI3, rope_scaling=LONGROPE, original_max_position_embeddings=20
+    ),
 }
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("model", REFUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_does_not_keep_answers_apart_is_refused(model, dtype):
+def test_a_model_that_is_not_scored_as_transformers_scores_it_is_refused(model, dtype):
+    """With both numbers. The second tree stands beside the first."""
+    model, short = REFUSED[model](), data.Tree([3, 4], [[5, 6], [7, 8], [9, 1]])
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        with pytest.raises(ValueError, match="by up to .* nats: it does not take the mask"):
-            dco.check_packing(REFUSED[model](), LONG, dtype)
+        plain = torch.cat([dco.plain_logps(model, tree) for tree in (LONG, short)])
+        with pytest.raises(ValueError, match="an answer has .* nats packed") as raised:
+            dco.check_packing(model, LONG, dtype, [short])
+    packed, expected = re.findall(r"(-\d+\.?\d*) (?:nats|in a plain)", str(raised.value))
+    assert expected in [f"{x:.5g}" for x in plain] and packed != expected
 
 
-@pytest.mark.parametrize("error", [AttributeError, KeyError, torch.OutOfMemoryError])
-def test_what_a_model_raises_is_reported_by_its_name_but_not_that_memory_ran_out(error):
+def test_where_the_program_trains_there_is_no_noise():
+    """GPT-2 has dropout in four places: what is trained is what was scored."""
+    model = tiny("gpt2").train()
+    assert not torch.equal(dco.completion_logps(model, [LONG]), dco.completion_logps(model, [LONG]))
+    placed(model)
+    assert_rows(dco.completion_logps(model, [LONG, LETTERS]), tiny("gpt2"), [LONG, LETTERS])
+
+
+@pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError])
+def test_what_a_model_raises_is_reported_by_its_name(error):
     model = tiny("llama")
     model.forward = mock.Mock(side_effect=error("chunked_attention"))
     config = train.Config(model="some/model", device="cpu", dtype="float32")
-    expected = error if error is torch.OutOfMemoryError else data.InputError
-    with pytest.raises(expected, match="chunked") as raised:
+    message = f"--model some/model cannot be trained here: {error.__name__}.*chunked_attention"
+    with pytest.raises(data.InputError, match=message):
         train.check_model(model, [[LONG]], config)
-    assert "--model some/model cannot be trained here" in str(raised.value) or raised.type is error
 
 
 # ----------------------------------------------------------------------------------- micro-batches
