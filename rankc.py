@@ -42,6 +42,7 @@ def clc(scores: Tensor) -> Tensor:
 
 def pairwise_rankc(scores: Tensor) -> dict[tuple[int, int], Tensor]:
     """rankc of each pair of languages, {(a, b): (Q,)} by their numbers; (Q, L, K) in."""
+    scores = scores.cpu()
     Q, L, K = scores.shape
     missing = torch.isneginf(scores)
     N = (~missing[:, 0]).sum(-1)  # (Q,) candidates of each question
@@ -82,6 +83,7 @@ def accuracy(scores: Tensor, gold: Tensor) -> Tensor:
 
 def top1_correct(scores: Tensor, gold: Tensor) -> Tensor:
     """Whether the best candidate is gold, ties by their share: (Q, L, K), (Q,) -> (Q, L)."""
+    scores, gold = scores.cpu(), gold.cpu()
     Q, L, K = scores.shape
     # Broken by position, ties would leak: BMLAMA's right answer is always the last.
     best = scores == scores.amax(-1, keepdim=True)  # (Q, L, K)
@@ -131,8 +133,8 @@ def entropy_by_outcome(scores: Tensor, gold: Sequence[int | None]) -> dict[str, 
     """Entropy of right and of wrong answers, [mean, standard deviation] (section 6.5)."""
     known = [q for q, k in enumerate(gold) if k is not None]
     answer = torch.tensor([gold[q] for q in known], dtype=torch.long)
-    right = scores[known].argmax(-1) == answer[:, None]  # (Q, L)
-    nats = entropy(scores[known])  # (Q, L)
+    right = scores[known].argmax(-1).cpu() == answer[:, None]  # (Q, L)
+    nats = entropy(scores[known]).cpu()  # (Q, L)
     spread = {}
     for name, x in (("right", nats[right]), ("wrong", nats[~right])):
         deviation = ((x - x.mean()) ** 2).mean().sqrt()
@@ -208,35 +210,10 @@ def report(metrics: dict, questions: list, tables: dict[str, Tensor], langs: lis
         rows.append([label, *(with_error(test[x][name], x == "change") for x in stages)])
     if "change" not in stages:
         return format_table(rows)
-    train = {name: with_error(value, True) for name, value in metrics["train"]["change"].items()}
-    accuracies = ", ".join(f"{lang} {train[f'accuracy/{lang}']}" for lang in langs)
-    lines = [format_table(rows), f"Training part: CLC {train['clc']}, accuracy {accuracies}"]
-    lines += changed_answers(questions, tables, langs)[:4]  # a heading and three
-    sure = {"rose": [], "fell": []}
-    for label, name in names.items():
-        change, error = test["change"][name]
-        if abs(change) > 2 * error:
-            sure["rose" if change > 0 else "fell"].append(label)
-    verdict = "; ".join(f"{', '.join(sure[verb]) or 'nothing'} {verb}" for verb in sure)
-    return "\n".join([*lines, f"Held out, by more than two standard errors: {verdict}."])
-
-
-def changed_answers(questions: list, tables: dict, langs: list[str]) -> list[str]:
-    """A heading; then questions with a new best answer, in their first such language, a line."""
-    before, after = tables["base"].argmax(-1), tables["trained"].argmax(-1)  # (Q, L)
     gold = torch.tensor([-1 if question.gold is None else question.gold for question in questions])
-    was_right, is_right = before == gold[:, None], after == gold[:, None]
+    was_right, is_right = (tables[x].argmax(-1) == gold[:, None] for x in ("base", "trained"))
     turned = f"{(is_right & ~was_right).sum()} right, {(was_right & ~is_right).sum()} wrong"
-    lines = {}  # {q: line}
-    for q, i in (before != after).nonzero().tolist():
-        question, lang = questions[q], langs[i]
-        prompt = " ".join(question.prompts[lang].split())
-        prompt = prompt if len(prompt) <= 60 else f"... {prompt[-56:]}"
-        answers = [answer.strip() for answer in question.answers[lang]]
-        right = "unknown" if question.gold is None else answers[question.gold]
-        change = f"{answers[before[q, i]]} -> {answers[after[q, i]]} (right: {right})"
-        lines.setdefault(q, f"  {lang}: {prompt} ... {change}")
-    return [f"Held-out answers that turned: {turned}; the first that changed:", *lines.values()]
+    return f"{format_table(rows)}\nHeld-out answers that turned: {turned}"
 
 
 def percent(share: float, form: str = ".1f") -> str:
@@ -403,10 +380,9 @@ def draw_clc(path: Path, metrics: dict, langs: list[str]) -> None:
 def draw_directions(path: Path, runs: list[Run]) -> None:
     """Figures 2 and 3: accuracy and changed answers of runs on the same questions."""
     langs, gold = runs[0].langs, [line["gold"] for line in runs[0].lines]
-    ids = [line["id"] for line in runs[0].lines]
-    for run in runs:
-        if (run.langs, [line["id"] for line in run.lines]) != (langs, ids):
-            raise ValueError(f"--plot: {run.name} has not the questions of {runs[0].name}")
+    asked = [(run.langs, [line["id"] for line in run.lines]) for run in runs]
+    if asked.count(asked[0]) < len(runs):
+        raise ValueError("--plot: the runs are not on the same questions in the same languages")
     from matplotlib.figure import Figure
 
     base = runs[0].table("base")
@@ -446,4 +422,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # as train.py
     main()

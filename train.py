@@ -6,6 +6,7 @@ regression on it; then the loop, one screen long; then the report. The equations
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -345,8 +347,7 @@ def step_metrics(
         r_hat = dco.implicit_reward(logps, ref, config.beta)
         margin = r_hat[..., 0] - r_hat[..., 1]  # (B, L)
         if config.method == "dco":
-            target = r_align[..., 0] - r_align[..., 1]  # (B, L)
-            margin = margin * target.sign()  # towards it
+            margin = margin * (r_align[..., 0] - r_align[..., 1]).sign()  # towards r_ALIGN's
             prefers_first = logps[..., 0] > logps[..., 1]  # (B, L)
             metrics["consistent"] = (prefers_first == prefers_first[:, :1]).all(-1).float().mean()
         metrics["rewards/margin"] = margin[learns].mean()
@@ -391,9 +392,7 @@ def autocast(config: Config) -> torch.autocast:
 
 
 @torch.no_grad()
-def score(
-    model: nn.Module, questions: list[Question], trees: list[list[Tree]], config: Config, desc=""
-) -> Tensor:
+def score(model: nn.Module, questions: list, trees: list, config: Config, desc="") -> Tensor:
     """log pi(y|x), trees [question][language] -> (Q, L, K) nats, on every process.
 
     Raises FloatingPointError, naming questions, where one is NaN or infinite.
@@ -478,10 +477,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def open_run(config: Config) -> tuple[Config, bool]:
-    """The settings with the folder of the run, and whether the run in it is finished.
-
-    Raises InputError for a folder that holds something else, or a run of other settings.
-    """
+    """The settings with the folder of the run, and whether the run in it is finished."""
     # One looks, and tells the others: a folder changes while it is made.
     answer = [find_run(config) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(answer)
@@ -492,18 +488,20 @@ def open_run(config: Config) -> tuple[Config, bool]:
 
 
 def find_run(config: Config) -> tuple[str, bool, str]:
-    """--out, or the next free of runs/1, runs/2, ...; whether its run is finished; a problem."""
+    """--out, or a new runs/N that no other run has; whether its run is finished; a problem."""
     number = 1
     while Path("runs", str(number)).exists():
         number += 1
-    out = Path(config.out or f"runs/{number}")
-    path = out / "run.json"
-    if not path.exists():
-        there = {file.name for file in out.iterdir()} if out.is_dir() else set()
-        if out.is_file() or there - {"run.json.part"}:  # which a run killed at its start left
-            return str(out), False, "is not empty, and holds no run"
+    out = Path(config.out or f"runs/{number}").expanduser()
+    path, part = out / "run.json", out / "run.json.part"
+    try:
         out.mkdir(parents=True, exist_ok=bool(config.out))
-        return str(out), False, ""
+        part.touch()  # may it be written to? (A run that was killed at its start left this, too.)
+        part.unlink()
+        if not path.exists():
+            return str(out), False, "is not empty, and holds no run" if any(out.iterdir()) else ""
+    except OSError as error:
+        return str(out), False, f"cannot be written to ({error})"
     before, now = json.loads(path.read_text(encoding="utf-8")), asdict(config)
     for name in now.keys() - MAY_DIFFER:
         if before.get(name) != now[name]:
@@ -512,41 +510,48 @@ def find_run(config: Config) -> tuple[str, bool, str]:
     return str(out), (out / "metrics.json").exists(), ""
 
 
-def begin_run(config: Config) -> None:
-    """Write run.json unless it is there. Raises InputError unless all processes see it."""
+def begin_run(config: Config, sha256: str) -> None:
+    """Write run.json; InputError where not all see it, or it is of other data or another model."""
     path = Path(config.out, "run.json")
     if dist.get_rank() == 0 and not path.exists():
-        write_whole(path, json.dumps(asdict(config), indent=1))
+        write_whole(path, json.dumps({**asdict(config), "sha256": sha256}, indent=1))
     dist.barrier()
     seen = torch.tensor(int(path.exists()), device=config.device)
     dist.all_reduce(seen, dist.ReduceOp.MIN)
     if not seen:
         raise InputError(f"--out {config.out}: not all processes see it: machines must share it")
+    if json.loads(path.read_text(encoding="utf-8"))["sha256"] != sha256:
+        raise InputError(f"--out {config.out}: its --data or --model has changed; name another")
 
 
 # ---------------------------------------------------------------------------------- loading, saving
 def load_model(config: Config) -> tuple[nn.Module, Any]:
     """The model, in float32, and its tokenizer; InputError where it is no causal language model."""
+    folder = os.path.expanduser(config.model)
+    how = {"trust_remote_code": False, "use_safetensors": True}  # other formats can run code
+    # Not in the dtype that it was saved in: Gemma 3 would keep constants rounded to bfloat16.
+    how |= {"dtype": torch.float32, "output_loading_info": True}
     try:
-        how = {"trust_remote_code": False}  # nor is there a prompt for it
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, **how)
-        how.update(use_safetensors=True, output_loading_info=True)  # other formats can run code
-        # Not in the dtype that it was saved in: Gemma 3 would keep constants rounded to bfloat16.
-        how["dtype"] = torch.float32
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(config.model, **how)
-    except (OSError, ValueError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
+        if info["missing_keys"]:  # transformers has drawn these at random
+            raise ValueError(f"it lacks weights: {sorted(info['missing_keys'])}")
+        if Path(folder, "adapter_config.json").exists() or hasattr(model, "peft_config"):
+            raise ValueError("it has an adapter, which must be merged first")
+        if type(model.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError("once saved, AutoModelForCausalLM would not read it again")
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"--model {config.model} cannot be loaded: {error}") from error
-    if info["missing_keys"]:  # transformers has drawn these at random
-        raise InputError(f"--model {config.model} lacks weights: {sorted(info['missing_keys'])}")
     return model, tokenizer
 
 
 def place(model: nn.Module, config: Config) -> None:
     """Put the model on its device; with --shard (FSDP2), this process's share of it."""
     model.eval()  # for good: with dropout, policy and reference would differ at step 0
-    model.requires_grad_(False)  # image parts, such as Gemma 3's vision tower, are not trained
-    for part in (model.get_decoder(), model.get_output_embeddings()):
-        part.requires_grad_(True)
+    if model.config.get_text_config() is not model.config:  # it has other parts than text
+        model.requires_grad_(False)  # such as Gemma 3's vision tower
+        for part in (model.get_decoder(), model.get_output_embeddings()):
+            part.requires_grad_(True)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     head.forward = partial(float32_logits, head)
     embeddings.padding_idx = None  # nothing is padded; to skip it, the CPU would wait for a GPU
@@ -588,15 +593,12 @@ def float32_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 def check_model(model: nn.Module, trees: list[list[Tree]], config: Config) -> None:
     """Raise InputError unless the model scores packed questions as it scores each alone."""
-    longest = max((tree for row in trees for tree in row), key=Tree.tokens)
+    by_tokens = sorted((tree for row in trees for tree in row), key=Tree.tokens)
     try:
         with autocast(config):
-            dco.check_packing(model, longest, getattr(torch, config.dtype))
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        # The last four are what models raise that do not know a mask of this form.
-        raise InputError(f"--model {config.model} cannot be trained here: {error}") from error
+            dco.check_packing(model, by_tokens[-1], getattr(torch, config.dtype), by_tokens[:20])
+    except (AssertionError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise InputError(f"--model {config.model} cannot be trained here: {error!r}") from error
 
 
 def save_model(model: nn.Module, tokenizer: Any, out: Path) -> None:
@@ -657,11 +659,13 @@ def print0(text: str) -> None:
         print(text, flush=True)
 
 
-def describe(model: nn.Module, tokenizer: Any, trees: list[Tree], config: Config) -> str:
+def describe(model: nn.Module, tokenizer: Any, trees: list[list[Tree]], config: Config) -> str:
     """What is about to be done, and an example in two languages as the model will see it."""
     where = f"{dist.get_world_size()} x {config.device}, {config.dtype}"
     lines = [f"{model.num_parameters():,} parameters on {where}; settings: {config.out}/run.json"]
-    for lang, tree in zip(config.langs[:2], trees, strict=False):
+    largest = max(tree.tokens() for row in trees for tree in row)
+    lines.append(f"{config.max_tokens:,} tokens at a time; the largest question takes {largest:,}")
+    for lang, tree in zip(config.langs[:2], trees[-1], strict=False):
         answers = [tokenizer.decode(branch) for branch in tree.branches]
         lines.append(f"  {lang}: {tokenizer.decode(tree.prefix)!r} + {answers}")
     return "\n".join(lines)
@@ -709,12 +713,16 @@ def main() -> None:
     )
     splits = {"test": test_part} if config.eval_only else {"train": train_part, "test": test_part}
     model, tokenizer = load_model(config) if config.model else embedded_model(config)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    trees = {name: data.encode(tokenizer, part, langs, context) for name, part in splits.items()}
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limits = (context, len(model.get_input_embeddings().weight))
+    trees = {name: data.encode(tokenizer, part, langs, *limits) for name, part in splits.items()}
+    sums = [int(x.view(torch.int32).sum(dtype=torch.long)) for x in model.parameters()]
+    sha256 = hashlib.sha256(repr((splits, trees, sums)).encode()).hexdigest()  # see begin_run
     place(model, config)
-    check_model(model, [row for rows in trees.values() for row in rows], config)
-    print0(describe(model, tokenizer, trees["test"][0], config))
-    begin_run(config)
+    rows = [row for part in trees.values() for row in part]
+    check_model(model, rows, config)
+    print0(describe(model, tokenizer, rows, config))
+    begin_run(config, sha256)
     seconds["load"] = time.time() - began
 
     # The reference pass: all that training and pi* need of the model before training. A resumed
@@ -731,8 +739,7 @@ def main() -> None:
 
     metrics = {"languages": langs}
     if not config.eval_only:
-        tokens = run_training(model, splits, trees, tables, gamma, config)
-        metrics["tokens"] = {"train": tokens}
+        run_training(model, splits, trees, tables, gamma, config)
         seconds["train"] = time.time() - began
         save_model(model, tokenizer, out)
     for name, part in splits.items():
@@ -745,15 +752,18 @@ def main() -> None:
     if rank == 0:
         trained_on = {question.prompts[rankc.reference_language(langs)] for question in train_part}
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs, trained_on)
+        if not config.eval_only:
+            log = (out / "log.jsonl").read_text().splitlines()
+            metrics["tokens"] = {"train": sum(json.loads(line)["tokens"] for line in log)}
+        metrics["seconds"] = seconds  # since the start, at the end of each part
+        # By this file a run is known to be finished. JSON has no NaN.
+        write_whole(out / "metrics.json", json.dumps(metrics, indent=1).replace("NaN", "null"))
+        for folder in checkpoints(config).values():
+            shutil.rmtree(folder)
         if not config.eval_only and find_spec("matplotlib"):
             rankc.draw_clc(out / "clc.png", metrics["test"], langs)
         elif not config.eval_only:
             print("no picture: pip install -e '.[plot]' brings matplotlib")
-        metrics["seconds"] = seconds  # since the start, at the end of each part
-        # Last, since by it a run is known to be finished. JSON has no NaN.
-        write_whole(out / "metrics.json", json.dumps(metrics, indent=1).replace("NaN", "null"))
-        for folder in checkpoints(config).values():
-            shutil.rmtree(folder)
     print0(f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
     dist.barrier()
     dist.destroy_process_group()
@@ -761,8 +771,8 @@ def main() -> None:
 
 def run_training(
     model: nn.Module, splits: dict, trees: dict, tables: dict, gamma: Tensor, config: Config
-) -> int:
-    """Train on the questions that the method can use, a log.jsonl line a step; the tokens fed."""
+) -> None:
+    """Train on the questions that the method can use, a line of log.jsonl a step."""
     questions, ref_logps = splits["train"], tables["train"]["base"]
     used = list(range(len(questions)))
     if config.method == "calm":  # where languages disagree
@@ -770,8 +780,7 @@ def run_training(
         used = (ref_logps.argmax(-1) != winner[:, None]).any(-1).nonzero()[:, 0].tolist()
     elif config.method != "dco" or config.pairs == "gold":  # where the right answer is known
         used = [q for q in used if questions[q].gold is not None]
-    trust = f", --trust {' '.join(config.trust)}" if config.trust else ""
-    print0(f"\n{config.method}: {len(used)} of {len(questions)} questions to train on{trust}")
+    print0(f"\n{config.method}: {len(used)} of {len(questions)} questions to train on")
     if not used:
         raise InputError(f"--method {config.method}: no question to train on")
     questions, rows = [questions[q] for q in used], [trees["train"][q] for q in used]
@@ -779,7 +788,6 @@ def run_training(
     path, step = Path(config.out, "log.jsonl"), max(checkpoints(config), default=0)
     # What a killed run logged after its last checkpoint is logged again.
     kept = path.read_text().splitlines(keepends=True)[:step] if step else []
-    tokens = sum(json.loads(line)["tokens"] for line in kept)
     if dist.get_rank() == 0:
         write_whole(path, "".join(kept))
         for part in path.parent.glob("checkpoint-*.part"):
@@ -793,12 +801,11 @@ def run_training(
                 scores = score(model, watched, trees["test"][:200], config)
                 measures = rankc.per_question(scores, base, gold, config.langs)
                 line |= {f"eval/{name}": float(x.nanmean()) for name, x in measures.items()}
-            tokens += line["tokens"]
             print(json.dumps(line).replace("NaN", "null"), file=file, flush=True)
-    return tokens
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks becomes ?
     try:
         main()
     except InputError as error:

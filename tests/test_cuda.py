@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import rankc
 import test_scoring
 import train as program
 from conftest import assert_same, command, launch, read, tiny_llama, train
@@ -53,6 +54,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint_on_a_gpu(world, tmp_path, way)
     assert (tmp_path / "killed" / "checkpoint-4").is_dir()
     launch("train.py", *arguments, processes=1)
     assert_same(tmp_path / "killed", tmp_path / "whole", atol=2e-4)
+
+
+def test_scores_on_a_gpu_are_judged_as_on_a_cpu():
+    g = torch.Generator().manual_seed(0)
+    scores, gold = torch.randn(20, 3, 4, generator=g), torch.arange(20) % 4
+    assert torch.equal(rankc.clc(scores.cuda()), rankc.clc(scores))
+    assert torch.equal(rankc.accuracy(scores.cuda(), gold.cuda()), rankc.accuracy(scores, gold))
 
 
 @pytest.fixture

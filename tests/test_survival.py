@@ -6,10 +6,11 @@ import pkgutil
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import data
@@ -137,6 +138,7 @@ def test_a_finished_run_stays_as_it_is_and_only_settings_of_the_machine_may_diff
 ):
     out = undisturbed[1]
     before, settings = contents(out), read(out, "run.json")
+    del settings["sha256"]
     machine = "max_tokens device gradient_checkpointing shard save_every eval_every".split()
     for name in settings.keys() - {"out"}:
         config = program.Config(**{**settings, name: "another value"})
@@ -157,10 +159,59 @@ def test_a_folder_of_something_else_is_refused_and_untouched(world, tmp_path):
     (tmp_path / "other" / "checkpoint-500" / "model.safetensors").write_text("precious")
     (tmp_path / "file").write_text("precious")
     before = contents(tmp_path)
-    for name in ("model", "other", "file"):
+    for name in ("model", "other"):
         text = train(world, tmp_path / name, "--save_every", 1, fails=True)
         assert f"error: --out {tmp_path / name} is not empty, and holds no run" in text
     assert contents(tmp_path) == before
+
+
+def test_a_new_folder_is_made_at_once_and_is_one_runs_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [program.find_run(program.Config()) for _ in (1, 2)] == [
+        ("runs/1", False, ""),
+        ("runs/2", False, ""),
+    ]
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # as another run makes it just now
+    assert "cannot be written to ([Errno 17] File exists" in program.find_run(program.Config())[2]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    program.find_run(program.Config(out="~/x"))
+    assert sorted(os.listdir(tmp_path)) == ["runs", "x"]
+
+
+@pytest.mark.parametrize("out", ["", "file", "file/x", "/proc"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded(
+    world, tmp_path, monkeypatch, out
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "runs"):
+        Path(name).write_text("precious")
+    text = train(world, out, "--model", "no/such/model", fails=True)
+    assert f"error: --out {out or 'runs/1'} cannot be written to ([Errno " in text
+    assert Path("file").read_text() == Path("runs").read_text() == "precious"
+
+
+def test_a_run_does_not_go_on_with_data_or_a_model_that_changed(world, tmp_path, undisturbed):
+    """An answer, or what is right, or one weight; put back, all is as if nothing had happened."""
+    own = tmp_path / "world"
+    shutil.copytree(world / "model", own / "model")
+    shutil.copy(world / "q.jsonl", own)
+    out = tmp_path / "out"
+    killed(command(own, out, *RUN), 1, "train.step_metrics", call=6)
+    questions, model = (own / "q.jsonl").read_text(), own / "model" / "model.safetensors"
+    sound, tensors = model.read_bytes(), load_file(model)
+    for old, new in (('" four"', '" forty"'), ('"gold": 0', '"gold": 3')):
+        (own / "q.jsonl").write_text(questions.replace(old, new, 1))
+        text = train(own, out, *RUN, fails=True)
+        assert f"error: --out {out}: its --data or --model has changed; name another" in text
+    (own / "q.jsonl").write_text(questions)
+    tensors["model.norm.weight"][0] += 1e-3
+    save_file(tensors, model, {"format": "pt"})
+    text = train(own, out, *RUN, fails=True, processes=2)
+    assert f"error: --out {out}: its --data or --model has changed; name another" in text
+    assert checkpoints(out) == [4] and read(out, "run.json")["sha256"]
+    model.write_bytes(sound)
+    train(own, out, *RUN)
+    assert_equal(out, undisturbed[1])
 
 
 def enter(folder):

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import random
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import combinations, product
+from unittest import mock
 
 import pytest
 import torch
@@ -51,7 +53,9 @@ def test_a_run_leaves_its_settings_its_log_and_its_answers(world, alone):
     out, text = alone
     places = {"model": str(world / "model"), "data": f"jsonl:{world / 'q.jsonl'}", "out": str(out)}
     numbers = {"train_questions": 7, "lr": 1e-3, "batch_questions": 3, "eval_every": 1}
-    assert read(out, "run.json") == asdict(settings(langs=LANGS, **places, **numbers))
+    run = read(out, "run.json")
+    assert len(run.pop("sha256")) == 64
+    assert run == asdict(settings(langs=LANGS, **places, **numbers))
 
     log = read(out, "log.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3]  # seven questions: 3 + 3 + 1
@@ -72,7 +76,7 @@ def test_a_run_leaves_its_settings_its_log_and_its_answers(world, alone):
             assert {len(nats) for nats in table.values()} == {len(question["answers"]["en"])}
         assert len({top(nats) for nats in stages[1].values()}) == 1  # pi* ranks alike
     assert splits == {("train", True): 7, ("test", False): 4}
-    parts = "Accuracy before, train", "| 4 held out, per cent", "Training part: CLC "
+    parts = "Accuracy before, train", "| 4 held out, per cent", "Held-out answers that turned: "
     for part in ("on 1 x cpu", *parts, f"wrote {out}: answers.jsonl, "):
         assert text.count(part) == 1
 
@@ -225,6 +229,10 @@ def test_a_run_at_the_edge_ends_with_finite_numbers(world, tmp_path):
     text = train(world, tmp_path / "out", "--data", source, *subjects, *extremes)
     text += (tmp_path / "out" / "log.jsonl").read_text()
     assert not any(word in text for word in (" nan", " inf", "NaN", "null", "Infinity"))
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    trees = data.encode(tokenizer, data.load(source, LANGS), LANGS)
+    largest = max(tree.tokens() for row in trees for tree in row)
+    assert f"\n512 tokens at a time; the largest question takes {largest}\n" in text
     lines = read(tmp_path / "out", "answers.jsonl")
     reported = Counter((line["split"], line["subject"]) for line in lines)
     assert reported == {("train", "even"): 4, ("test", "even"): 2, ("test", "odd"): 5}
@@ -371,6 +379,12 @@ def test_eval_only_judges_what_a_run_saved_on_held_out_questions_alone(world, al
     assert not files & {"log.jsonl", "model.safetensors", "clc.png"}
 
 
+def test_world_size_alone_in_the_environment_makes_no_group(world, tmp_path, monkeypatch):
+    """Some images set it."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "on 1 x cpu" in train(world, tmp_path, "--eval_only")
+
+
 # ------------------------------------------------------------------------------------- settings
 
 BAD = {
@@ -436,10 +450,11 @@ def test_a_gpu_is_used_where_there_is_one_but_for_the_tiny_model(monkeypatch):
 # -------------------------------------------------------------------------- `python train.py`
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory):
-    """The folder in which `torchrun train.py` was given nothing, and what it printed."""
+    """The folder in which `torchrun train.py` was given nothing, and what it printed, in ASCII."""
     folder = tmp_path_factory.mktemp("default")
     (folder / "runs" / "1").mkdir(parents=True)  # of an earlier run
-    return folder, launch("train.py", torchrun=1, cwd=folder)
+    with mock.patch.dict(os.environ, PYTHONIOENCODING="ascii"):
+        return folder, launch("train.py", torchrun=1, cwd=folder)
 
 
 def test_the_default_run_makes_the_embedded_model_consistent_in_the_next_free_folder(default_run):
@@ -447,6 +462,7 @@ def test_the_default_run_makes_the_embedded_model_consistent_in_the_next_free_fo
     folder, text = default_run
     out = folder / "runs" / "2"
     assert "wrote runs/2: answers.jsonl" in text and (out / "model.safetensors").exists()
+    assert text.isascii() and "100.0 ? 0.0" in text  # what the terminal cannot show is replaced
     assert not list((folder / "runs" / "1").iterdir())
     run = read(out, "run.json")
     assert (run["model"], run["data"], run["trust"]) == ("", "atlas", ["en=7"])
