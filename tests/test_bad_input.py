@@ -124,6 +124,7 @@ BAD = [  # the file, what is replaced in it, once, by what, and what the message
     (JSONL, '"gold": 0', '"gold": 4', "line 1: question 'q0': gold 4 is none of the answers"),
     (JSONL, '"es": "La 0:"', '"fr": "x"', "line 1, prompts: 'es' is missing"),
     (JSONL, '"La 0:"', '" "', f"line 1: question 'q0': {EMPTY}"),
+    (JSONL, '"La 0:"', r'"\\ud83d"', "line 1: not JSON .*surrogates not allowed"),
     (JSONL, r'\["Seúl.*?\]', '"Seúl"', "line 1, answers: 'es' is missing or of another type"),
     (JSONL, '"Seúl"', "7", f"line 1: question 'q0': {EMPTY}, or no text"),
     (JSONL, r"\[.*\]", '["x"], "es": ["y"]', f"line 1: question 'q0': {PARALLEL}"),

@@ -336,25 +336,20 @@ def test_a_tokenizer_whose_special_tokens_change_the_text_itself_is_refused():
         encode(tokenizer, "Peru is", " Lima", " Quito")
 
 
-def test_the_longest_text_that_fits_the_context_passes_and_one_token_more_is_refused():
-    tokenizer = tiny_tokenizer(TEXT)
-    texts = ["La capital " * 20, " Lima", " Quito Quito"]
-    longest = len(tokenizer(texts[0] + texts[2])["input_ids"])
-    encode(tokenizer, *texts, context=longest)
-    message = f"question 'q7', 'en': {longest} tokens, but the model's context is {longest - 1}"
-    with pytest.raises(data.InputError, match=message):
-        encode(tokenizer, *texts, context=longest - 1)
-
-
-def test_a_token_beyond_the_models_vocabulary_is_refused_by_its_question():
-    """As one that was added to the tokenizer alone."""
+def test_a_text_longer_than_the_context_and_a_token_beyond_the_vocabulary_are_refused():
+    """A token more, or one that was added to the tokenizer alone."""
     tokenizer = tiny_tokenizer(TEXT)
     size = len(tokenizer)
     tokenizer.add_tokens(["Cusco"])
-    encode(tokenizer, "La capital", " Lima", " Quito", vocab=size)
+    texts = ["La capital " * 20, " Lima", " Quito Quito"]
+    longest = len(tokenizer(texts[0] + texts[2])["input_ids"])
+    encode(tokenizer, *texts, context=longest, vocab=size)
+    message = f"question 'q7', 'en': {longest} tokens, but the model's context is {longest - 1}"
+    with pytest.raises(data.InputError, match=message):
+        encode(tokenizer, *texts, context=longest - 1)
     message = f"question 'q7', 'en': token {size}, but the model's vocabulary is {size}"
     with pytest.raises(data.InputError, match=message):
-        encode(tokenizer, "La capital", " Lima", " Cusco", vocab=size)
+        encode(tokenizer, *texts, " Cusco", vocab=size)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +357,7 @@ def test_a_token_beyond_the_models_vocabulary_is_refused_by_its_question():
     [
         ("La capital es", ("Ω", " Lima"), "an answer has no token"),
         ("La capital es", (" Lima", " Ω"), "an answer has no token"),  # a space alone is no answer
+        ("La capital es", (" Lima", " LimaΩ"), "an answer has no token, or the same as another"),
         ("Ω", ("Lima", "Quito"), "no token stands before the answers"),
     ],
 )

@@ -3,7 +3,6 @@
 import json
 import math
 from collections import defaultdict
-from dataclasses import replace
 from itertools import combinations, permutations
 from statistics import mean, pstdev, stdev
 
@@ -218,21 +217,6 @@ def test_a_report_leaves_out_what_is_not_known():
     text = rankc.report({"test": metrics}, [], {"base": base}, ["es", "fr"])
     assert cells(text, "accuracy es") == ["-"] and "change" not in metrics
     assert "CLC-es" not in text  # of two languages it is CLC
-
-
-def test_a_report_says_how_many_answers_turned():
-    """By hand: ten questions; English turns right in all, Spanish in four, Swahili wrong in all."""
-    langs, right, wrong = ["en", "es", "sw"], [0.0, 1.0], [1.0, 0.0]
-    before = torch.tensor([[wrong, wrong, right]] * 10)
-    after = torch.tensor([[right, right, wrong]] * 4 + [[right, wrong, wrong]] * 6)
-    tables = {"base": before, "optimum": before, "trained": after}
-    metrics, questions = (
-        rankc.summarise(tables, IDS[:10], [1] * 10, langs),
-        questions_of(tables, langs),
-    )
-    questions[0] = replace(questions[0], gold=None)
-    text = rankc.report({"test": metrics}, questions, tables, langs)
-    assert text.endswith("\nHeld-out answers that turned: 12 right, 9 wrong")
 
 
 # ------------------------------------------------------------------------- runs beside each other

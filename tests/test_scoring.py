@@ -28,6 +28,7 @@ SMALL = {
 }
 OTHER_NAMES = {  # of the same settings
     "gpt2": {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "rwkv": {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2},
     "mpt": {"vocab_size": 100, "d_model": 32, "n_layers": 2, "n_heads": 4},
     "gpt_neo": {
         "vocab_size": 100,
@@ -50,6 +51,7 @@ FAMILIES = {  # (family, settings): a window in no layer, in all, or in one of t
     "cohere": ("cohere", {"logit_scale": 1.0}),
     "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 64}),
     "gpt2": ("gpt2", {}),
+    "bert": ("bert", {"is_decoder": True}),  # with weights between the last layer and the head
     "mistral, window": ("mistral", WINDOW),
     "phi3, window": ("phi3", {**WINDOW, **PHI3}),
     "ministral, window": ("ministral", {**WINDOW, "head_dim": 8}),
@@ -147,7 +149,7 @@ def test_packed_trees_score_as_each_answer_alone(name, attention):
         wide = tiny(family, attention, **{**changes, "sliding_window": 64})
         moved = (dco.completion_logps(wide, trees) - packed).nan_to_num()
         assert moved.abs().max() > 0.1
-    placed(model)
+    assert all(weight.requires_grad for weight in placed(model).parameters())
     for tree in (LETTERS, LONG):
         dco.check_packing(model, tree)
         with torch.autocast("cpu", torch.bfloat16):
@@ -245,31 +247,9 @@ def test_the_benchmarks_plain_way_scores_the_same():
 # ------------------------------------------------------------------------ the check before all else
 
 
-def without_a_mask():
-    model = tiny("llama", "sdpa")
-    forward = model.forward
-    model.forward = lambda attention_mask=None, **others: forward(**others)
-    return model
-
-
-def with_a_sink():
-    """Every token sees the first of the row, as well: right alone, wrong in company."""
-    model = tiny("llama", "sdpa")
-    forward = model.forward
-
-    def forward_with_a_sink(attention_mask=None, **others):
-        if attention_mask is not None:
-            attention_mask[..., 0] = 0.0
-        return forward(attention_mask=attention_mask, **others)
-
-    model.forward = forward_with_a_sink
-    return model
-
-
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 REFUSED = {
-    "ignores the mask": without_a_mask,
-    "sees the row's first token": with_a_sink,
+    "one token after another, RWKV": functools.partial(tiny, "rwkv"),
     "a window in the settings alone": functools.partial(tiny, "llama", "sdpa", **WINDOW),
     "by place in the row, MPT": functools.partial(tiny, "mpt"),
     "an encoder, XLM-R": functools.partial(tiny, "xlm-roberta"),

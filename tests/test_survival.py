@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoTokenizer
 
 import data
@@ -167,10 +167,7 @@ def test_a_folder_of_something_else_is_refused_and_untouched(world, tmp_path):
 
 def test_a_new_folder_is_made_at_once_and_is_one_runs_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [program.find_run(program.Config()) for _ in (1, 2)] == [
-        ("runs/1", False, ""),
-        ("runs/2", False, ""),
-    ]
+    assert [program.find_run(program.Config())[0] for _ in (1, 2)] == ["runs/1", "runs/2"]
     monkeypatch.setattr(Path, "exists", lambda path: False)  # as another run makes it just now
     assert "cannot be written to ([Errno 17] File exists" in program.find_run(program.Config())[2]
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -191,25 +188,25 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded
 
 
 def test_a_run_does_not_go_on_with_data_or_a_model_that_changed(world, tmp_path, undisturbed):
-    """An answer, or what is right, or one weight; put back, all is as if nothing had happened."""
-    own = tmp_path / "world"
+    """An answer, what is right, one weight; put back, all is as if nothing had happened."""
+    own, out = tmp_path / "world", tmp_path / "out"
     shutil.copytree(world / "model", own / "model")
     shutil.copy(world / "q.jsonl", own)
-    out = tmp_path / "out"
     killed(command(own, out, *RUN), 1, "train.step_metrics", call=6)
-    questions, model = (own / "q.jsonl").read_text(), own / "model" / "model.safetensors"
-    sound, tensors = model.read_bytes(), load_file(model)
-    for old, new in (('" four"', '" forty"'), ('"gold": 0', '"gold": 3')):
-        (own / "q.jsonl").write_text(questions.replace(old, new, 1))
-        text = train(own, out, *RUN, fails=True)
-        assert f"error: --out {out}: its --data or --model has changed; name another" in text
-    (own / "q.jsonl").write_text(questions)
+    questions, model = own / "q.jsonl", own / "model" / "model.safetensors"
+    tensors = load_file(model)
     tensors["model.norm.weight"][0] += 1e-3
-    save_file(tensors, model, {"format": "pt"})
-    text = train(own, out, *RUN, fails=True, processes=2)
-    assert f"error: --out {out}: its --data or --model has changed; name another" in text
-    assert checkpoints(out) == [4] and read(out, "run.json")["sha256"]
-    model.write_bytes(sound)
+    changes = [
+        (questions, questions.read_bytes().replace(b'" four"', b'" forty"', 1)),
+        (questions, questions.read_bytes().replace(b'"gold": 0', b'"gold": 3', 1)),
+        (model, save(tensors, {"format": "pt"})),
+    ]
+    for file, changed in changes:
+        sound = file.read_bytes()
+        file.write_bytes(changed)
+        text = train(own, out, *RUN, fails=True, processes=2)
+        assert f"error: --out {out}: its --data or --model has changed; name another" in text
+        file.write_bytes(sound)
     train(own, out, *RUN)
     assert_equal(out, undisturbed[1])
 
