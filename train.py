@@ -597,8 +597,8 @@ def check_model(model: nn.Module, trees: list[list[Tree]], config: Config) -> No
     try:
         with autocast(config):
             dco.check_packing(model, by_tokens[-1], getattr(torch, config.dtype), by_tokens[:20])
-    except (AssertionError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise InputError(f"--model {config.model} cannot be trained here: {error!r}") from error
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise InputError(f"--model {config.model} cannot be trained here: {e!r}") from e
 
 
 def save_model(model: nn.Module, tokenizer: Any, out: Path) -> None:

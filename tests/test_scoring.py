@@ -283,7 +283,7 @@ def test_where_the_program_trains_there_is_no_noise():
     assert_rows(dco.completion_logps(model, [LONG, LETTERS]), tiny("gpt2"), [LONG, LETTERS])
 
 
-@pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError])
+@pytest.mark.parametrize("error", [AssertionError, AttributeError, IndexError, KeyError])
 def test_what_a_model_raises_is_reported_by_its_name(error):
     model = tiny("llama")
     model.forward = mock.Mock(side_effect=error("chunked_attention"))
