@@ -239,22 +239,22 @@ def attention_mask(model: nn.Module, sees: Tensor, position: Tensor) -> Tensor |
 def check_packing(model: nn.Module, tree: Any, dtype=torch.float32, company: Sequence = ()) -> None:
     """Raise ValueError unless the model scores trees packed, and in company, as plain_logps does.
 
-    tree: the largest; company: others to stand beside it, the smallest first. The first and last
-    answers of these two are compared: windows by place in the row, positions by its longest text.
+    tree: the largest; company: some that stand before it, the smallest first. Compared are the
+    first and last answers of these two: so a window by place in the row shows, and positions that
+    depend on the longest text in it.
+
     Scores may differ by a part in 1000, or by 4 times what they shift where each embedding is moved
     by the rounding of dtype, in which the model computes. To be called under scoring's autocast.
     """
-    compared = [tree, *company[:1]]
+    compared = [*company[:1], tree]
     ends = [x._replace(branches=[x.branches[0], x.branches[-1]]) for x in compared]
 
     def score() -> Tensor:
         return torch.cat([completion_logps(model, [x])[0] for x in ends])
 
     plain, alone = torch.cat([plain_logps(model, x) for x in ends]), score()
-    # Of equal tokens a leak would not show: twice the same keys have the same weighted mean.
-    reverse = tree._replace(prefix=tree.prefix[::-1], branches=tree.branches[::-1])
-    rows = completion_logps(model, [reverse, *compared, *company[1:]])[1:]
-    beside = [row[[0, len(x.branches) - 1]] for x, row in zip(compared, rows)]
+    rows = completion_logps(model, [*company, tree])  # (T, K)
+    beside = [row[[0, len(x.branches) - 1]] for x, row in zip(compared, [rows[0], rows[-1]])]
 
     def jitter(module: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor:
         noise = torch.randn_like(embeddings, dtype=torch.float32)

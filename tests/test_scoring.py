@@ -4,6 +4,7 @@ import copy
 import functools
 import random
 import re
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -150,10 +151,9 @@ def test_packed_trees_score_as_each_answer_alone(name, attention):
         moved = (dco.completion_logps(wide, trees) - packed).nan_to_num()
         assert moved.abs().max() > 0.1
     assert all(weight.requires_grad for weight in placed(model).parameters())
-    for tree in (LETTERS, LONG):
-        dco.check_packing(model, tree)
-        with torch.autocast("cpu", torch.bfloat16):
-            dco.check_packing(model, tree, torch.bfloat16)
+    for dtype, largest in product(["float32", "bfloat16"], [LETTERS, LONG]):
+        config = train.Config(model="m", device="cpu", dtype=dtype)
+        train.check_model(model, [[*trees, largest]], config)
 
 
 PREFIX = st.lists(st.integers(0, 99), min_size=1, max_size=9)
@@ -263,15 +263,16 @@ REFUSED = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", REFUSED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_that_is_not_scored_as_transformers_scores_it_is_refused(model, dtype):
-    """With both numbers. The second tree stands beside the first."""
-    model, short = REFUSED[model](), data.Tree([3, 4], [[5, 6], [7, 8], [9, 1]])
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        plain = torch.cat([dco.plain_logps(model, tree) for tree in (LONG, short)])
-        with pytest.raises(ValueError, match="an answer has .* nats packed") as raised:
-            dco.check_packing(model, LONG, dtype, [short])
+    """With both numbers; the largest tree is tried beside the smallest."""
+    model, small = REFUSED[model](), data.Tree([3, 4], [[5, 6], [7, 8], [9, 1]])
+    config = train.Config(model="m", device="cpu", dtype=dtype)
+    with pytest.raises(data.InputError, match="an answer has .* nats packed") as raised:
+        train.check_model(model, [[small, LONG]], config)
     packed, expected = re.findall(r"(-\d+\.?\d*) (?:nats|in a plain)", str(raised.value))
+    with train.autocast(config):
+        plain = torch.cat([dco.plain_logps(model, tree) for tree in (LONG, small)])
     assert expected in [f"{x:.5g}" for x in plain] and packed != expected
 
 
