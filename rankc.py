@@ -278,12 +278,11 @@ def read_run(folder: Path, base: Path | None = None) -> Run:
     The base of an --eval_only run then counts as trained (App. K's choice by validation). Raises
     ValueError for a folder without a finished run, and where the questions differ.
     """
-    if not (folder / "metrics.json").is_file():  # what a run writes last
+    if not (folder / "metrics.json").is_file():  # by which a run is finished
         raise ValueError(f"{folder} holds no finished run of train.py")
     langs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["langs"]
     with open(folder / "answers.jsonl", encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    lines = [line for line in lines if line["split"] == "test"]
+        lines = [line for line in map(json.loads, file) if line["split"] == "test"]
     if base is not None:
         other = read_run(base)
         if (langs, [x["id"] for x in lines]) != (other.langs, [x["id"] for x in other.lines]):

@@ -159,10 +159,8 @@ def gamma_matrix(config: Config) -> Tensor:
                 raise ValueError(f"each of --langs once at most, not {' '.join(config.trust)}")
             trust = [float(weights.get(lang, 1)) for lang in config.langs]
             return dco.gamma_from_trust(torch.tensor(trust, dtype=torch.double), config.beta)
-        gamma = torch.tensor(config.gamma, dtype=torch.double)
-        if L == 2 and len(gamma) == 2:
-            gamma = torch.tensor([0, gamma[0], gamma[1], 0], dtype=torch.double)  # Eq. 6
-        gamma = gamma.view(L, L)
+        rows = [0, *config.gamma, 0] if len(config.gamma) == 2 else config.gamma  # Eq. 6, Eq. 15
+        gamma = torch.tensor(rows, dtype=torch.double).view(L, L)
         dco.align_reward(torch.zeros(L, 2), gamma)  # raises for a diagonal that is not 0
     except (ValueError, RuntimeError) as error:
         form = "--trust takes LANG=NUMBER, --gamma two numbers for two languages, or L x L by rows"
@@ -477,7 +475,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def open_run(config: Config) -> tuple[Config, bool]:
-    """The settings with the folder of the run, and whether the run in it is finished."""
+    """The settings with the run's folder, and whether it is finished. Raises InputError."""
     # One looks, and tells the others: a folder changes while it is made.
     answer = [find_run(config) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(answer)
@@ -496,12 +494,13 @@ def find_run(config: Config) -> tuple[str, bool, str]:
     path, part = out / "run.json", out / "run.json.part"
     try:
         out.mkdir(parents=True, exist_ok=bool(config.out))
-        part.touch()  # may it be written to? (A run that was killed at its start left this, too.)
-        part.unlink()
+        if not (out / "metrics.json").exists():  # else the run is finished
+            part.touch()  # may it be written to? (A run killed at its start left this, too.)
+            part.unlink()
         if not path.exists():
             return str(out), False, "is not empty, and holds no run" if any(out.iterdir()) else ""
     except OSError as error:
-        return str(out), False, f"cannot be written to ({error})"
+        return str(out), False, f"cannot be used ({error})"
     before, now = json.loads(path.read_text(encoding="utf-8")), asdict(config)
     for name in now.keys() - MAY_DIFFER:
         if before.get(name) != now[name]:
@@ -511,7 +510,7 @@ def find_run(config: Config) -> tuple[str, bool, str]:
 
 
 def begin_run(config: Config, sha256: str) -> None:
-    """Write run.json; InputError where not all see it, or it is of other data or another model."""
+    """Write run.json; InputError unless all processes see it, and it is of this data and model."""
     path = Path(config.out, "run.json")
     if dist.get_rank() == 0 and not path.exists():
         write_whole(path, json.dumps({**asdict(config), "sha256": sha256}, indent=1))
@@ -520,8 +519,8 @@ def begin_run(config: Config, sha256: str) -> None:
     dist.all_reduce(seen, dist.ReduceOp.MIN)
     if not seen:
         raise InputError(f"--out {config.out}: not all processes see it: machines must share it")
-    if json.loads(path.read_text(encoding="utf-8"))["sha256"] != sha256:
-        raise InputError(f"--out {config.out}: its --data or --model has changed; name another")
+    if json.loads(path.read_text(encoding="utf-8")).get("sha256") != sha256:
+        raise InputError(f"--out {config.out} holds a run of other data or model; name another")
 
 
 # ---------------------------------------------------------------------------------- loading, saving
@@ -539,7 +538,7 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
         if Path(folder, "adapter_config.json").exists() or hasattr(model, "peft_config"):
             raise ValueError("it has an adapter, which must be merged first")
         if type(model.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError("once saved, AutoModelForCausalLM would not read it again")
+            raise ValueError("AutoModelForCausalLM could not load what would be saved")
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"--model {config.model} cannot be loaded: {error}") from error
     return model, tokenizer
@@ -597,6 +596,8 @@ def check_model(model: nn.Module, trees: list[list[Tree]], config: Config) -> No
     try:
         with autocast(config):
             dco.check_packing(model, by_tokens[-1], getattr(torch, config.dtype), by_tokens[:4])
+    except torch.OutOfMemoryError:  # perhaps on one process alone
+        raise
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise InputError(f"--model {config.model} cannot be trained here: {e!r}") from e
 
@@ -716,12 +717,13 @@ def main() -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     limits = (context, len(model.get_input_embeddings().weight))
     trees = {name: data.encode(tokenizer, part, langs, *limits) for name, part in splits.items()}
-    sums = [int(x.view(torch.int32).sum(dtype=torch.long)) for x in model.parameters()]
-    sha256 = hashlib.sha256(repr((splits, trees, sums)).encode()).hexdigest()  # see begin_run
+    weights = [hashlib.sha256(x.detach().contiguous().numpy()).digest() for x in model.parameters()]
+    alike = (replace(config, **dict.fromkeys(MAY_DIFFER)), model.config.to_dict(), splits, trees)
+    sha256 = hashlib.sha256(repr((alike, weights)).encode()).hexdigest()  # see begin_run
     place(model, config)
     rows = [row for part in trees.values() for row in part]
-    check_model(model, rows, config)
     print0(describe(model, tokenizer, rows, config))
+    check_model(model, rows, config)
     begin_run(config, sha256)
     seconds["load"] = time.time() - began
 
@@ -794,12 +796,11 @@ def run_training(
             shutil.rmtree(part)  # of a run that was killed while it wrote one
     dist.barrier()
     watched, base = splits["test"][:200], tables["test"]["base"][:200]
-    gold = [question.gold for question in watched]
     with open(os.devnull if dist.get_rank() else path, "a") as file:
         for line in train(model, questions, rows, ref_logps[used], gamma, config):
             if config.eval_every and line["step"] % config.eval_every == 0:
                 scores = score(model, watched, trees["test"][:200], config)
-                measures = rankc.per_question(scores, base, gold, config.langs)
+                measures = rankc.per_question(scores, base, [q.gold for q in watched], config.langs)
                 line |= {f"eval/{name}": float(x.nanmean()) for name, x in measures.items()}
             print(json.dumps(line).replace("NaN", "null"), file=file, flush=True)
 

@@ -332,7 +332,7 @@ def test_a_tokenizer_whose_special_tokens_change_the_text_itself_is_refused():
     def tokenizer(text, add_special_tokens=True):
         return {"input_ids": [1, 2, 4] if add_special_tokens else [2, 3]}
 
-    with pytest.raises(data.InputError, match="the tokenizer splits 'Peru is Lima' otherwise"):
+    with pytest.raises(data.InputError, match="splits 'Peru is Lima' differently with"):
         encode(tokenizer, "Peru is", " Lima", " Quito")
 
 
@@ -355,9 +355,8 @@ def test_a_text_longer_than_the_context_and_a_token_beyond_the_vocabulary_are_re
 @pytest.mark.parametrize(
     "prompt, answers, message",
     [
-        ("La capital es", ("Ω", " Lima"), "an answer has no token"),
-        ("La capital es", (" Lima", " Ω"), "an answer has no token"),  # a space alone is no answer
-        ("La capital es", (" Lima", " LimaΩ"), "an answer has no token, or the same as another"),
+        ("La capital es", ("Ω", " Lima"), "answer 0 has no token"),
+        ("La capital es", (" Lima", " Ω"), "answer 1 has no token"),  # a space alone is no answer
         ("Ω", ("Lima", "Quito"), "no token stands before the answers"),
     ],
 )

@@ -169,7 +169,7 @@ def test_a_new_folder_is_made_at_once_and_is_one_runs_alone(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert [program.find_run(program.Config())[0] for _ in (1, 2)] == ["runs/1", "runs/2"]
     monkeypatch.setattr(Path, "exists", lambda path: False)  # as another run makes it just now
-    assert "cannot be written to ([Errno 17] File exists" in program.find_run(program.Config())[2]
+    assert "cannot be used ([Errno 17] File exists" in program.find_run(program.Config())[2]
     monkeypatch.setenv("HOME", str(tmp_path))
     program.find_run(program.Config(out="~/x"))
     assert sorted(os.listdir(tmp_path)) == ["runs", "x"]
@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded
     for name in ("file", "runs"):
         Path(name).write_text("precious")
     text = train(world, out, "--model", "no/such/model", fails=True)
-    assert f"error: --out {out or 'runs/1'} cannot be written to ([Errno " in text
+    assert f"error: --out {out or 'runs/1'} cannot be used ([Errno " in text
 
 
 def test_a_run_does_not_go_on_with_data_or_a_model_that_changed(world, tmp_path, undisturbed):
@@ -192,19 +192,21 @@ def test_a_run_does_not_go_on_with_data_or_a_model_that_changed(world, tmp_path,
     shutil.copytree(world / "model", own / "model")
     shutil.copy(world / "q.jsonl", own)
     killed(command(own, out, *RUN), 1, "train.step_metrics", call=6)
-    questions, model = own / "q.jsonl", own / "model" / "model.safetensors"
+    questions, settings = own / "q.jsonl", own / "model" / "config.json"
+    model = own / "model" / "model.safetensors"
     tensors = load_file(model)
     tensors["model.norm.weight"][0] += 1e-3
     changes = [
         (questions, questions.read_bytes().replace(b'" four"', b'" forty"', 1)),
         (questions, questions.read_bytes().replace(b'"gold": 0', b'"gold": 3', 1)),
         (model, save(tensors, {"format": "pt"})),
+        (settings, settings.read_bytes().replace(b"1e-06", b"1e-05")),  # of its layer norms
     ]
     for file, changed in changes:
         sound = file.read_bytes()
         file.write_bytes(changed)
         text = train(own, out, *RUN, fails=True, processes=2)
-        assert f"error: --out {out}: its --data or --model has changed; name another" in text
+        assert f"error: --out {out} holds a run of other data or model; name another" in text
         file.write_bytes(sound)
     train(own, out, *RUN)
     assert_equal(out, undisturbed[1])

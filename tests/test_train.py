@@ -390,7 +390,6 @@ def test_eval_only_judges_what_a_run_saved_on_held_out_questions_alone(world, al
 
 
 def test_world_size_alone_in_the_environment_makes_no_group(world, tmp_path, monkeypatch):
-    """Some images set it."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "on 1 x cpu" in train(world, tmp_path, "--eval_only")
 
@@ -427,7 +426,7 @@ UNSOUND = {
     "adapter": "it has an adapter",
     "cut off": "incomplete",
     # Llama 3.2 Vision: transformers loads its text part, but not what that is saved as.
-    "mllama": "once saved, AutoModelForCausalLM would not read it again",
+    "mllama": "AutoModelForCausalLM could not load what would be saved",
 }
 IMAGE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "attention_heads": 1,
          "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 32,
