@@ -701,7 +701,7 @@ def main() -> None:
     init_distributed(config)
     seconds, began, gamma = {}, time.time(), gamma_matrix(config)
     config, finished = open_run(config)
-    out, langs, rank = Path(config.out), config.langs, dist.get_rank()
+    out, langs = Path(config.out), config.langs
     if finished:
         print0(f"{out} holds this run, finished; name another --out to run it again")
         return dist.destroy_process_group()  # else its threads may abort the exit
@@ -741,7 +741,7 @@ def main() -> None:
 
     metrics = {"languages": langs}
     if not config.eval_only:
-        run_training(model, splits, trees, tables, gamma, config)
+        metrics["tokens"] = {"train": run_training(model, splits, trees, tables, gamma, config)}
         seconds["train"] = time.time() - began
         save_model(model, tokenizer, out)
     for name, part in splits.items():
@@ -751,12 +751,9 @@ def main() -> None:
         metrics[name] = rankc.summarise(tables[name], ids, gold, langs)
     seconds["evaluate"] = time.time() - began
     print0(f"\n{rankc.report(metrics, test_part, tables['test'], langs)}")
-    if rank == 0:
+    if dist.get_rank() == 0:
         trained_on = {question.prompts[rankc.reference_language(langs)] for question in train_part}
         rankc.write_answers(out / "answers.jsonl", splits, tables, langs, trained_on)
-        if not config.eval_only:
-            log = (out / "log.jsonl").read_text().splitlines()
-            metrics["tokens"] = {"train": sum(json.loads(line)["tokens"] for line in log)}
         metrics["seconds"] = seconds  # since the start, at the end of each part
         # By this file a run is known to be finished. JSON has no NaN.
         write_whole(out / "metrics.json", json.dumps(metrics, indent=1).replace("NaN", "null"))
@@ -773,8 +770,8 @@ def main() -> None:
 
 def run_training(
     model: nn.Module, splits: dict, trees: dict, tables: dict, gamma: Tensor, config: Config
-) -> None:
-    """Train on the questions that the method can use, a line of log.jsonl a step."""
+) -> int:
+    """Train on the questions that the method can use, a log.jsonl line a step; the tokens fed."""
     questions, ref_logps = splits["train"], tables["train"]["base"]
     used = list(range(len(questions)))
     if config.method == "calm":  # where languages disagree
@@ -790,6 +787,7 @@ def run_training(
     path, step = Path(config.out, "log.jsonl"), max(checkpoints(config), default=0)
     # What a killed run logged after its last checkpoint is logged again.
     kept = path.read_text().splitlines(keepends=True)[:step] if step else []
+    tokens = sum(json.loads(line)["tokens"] for line in kept)
     if dist.get_rank() == 0:
         write_whole(path, "".join(kept))
         for part in path.parent.glob("checkpoint-*.part"):
@@ -802,7 +800,9 @@ def run_training(
                 scores = score(model, watched, trees["test"][:200], config)
                 measures = rankc.per_question(scores, base, [q.gold for q in watched], config.langs)
                 line |= {f"eval/{name}": float(x.nanmean()) for name, x in measures.items()}
+            tokens += line["tokens"]
             print(json.dumps(line).replace("NaN", "null"), file=file, flush=True)
+    return tokens
 
 
 if __name__ == "__main__":
