@@ -239,22 +239,22 @@ def attention_mask(model: nn.Module, sees: Tensor, position: Tensor) -> Tensor |
 def check_packing(model: nn.Module, tree: Any, dtype=torch.float32, company: Sequence = ()) -> None:
     """Raise ValueError unless the model scores trees packed, and in company, as plain_logps does.
 
-    tree: the largest; company: some that stand before it, the smallest first. Compared are the
-    first and last answers of these two: so a window by place in the row shows, and positions that
-    depend on the longest text in it.
+    tree: the largest; company: some others, the smallest first. Of each the first and last answers
+    are compared: so a window by place in the row shows, a state that goes on from text to text, and
+    positions that depend on the longest.
 
     Scores may differ by a part in 1000, or by 4 times what they shift where each embedding is moved
     by the rounding of dtype, in which the model computes. To be called under scoring's autocast.
     """
-    compared = [*company[:1], tree]
-    ends = [x._replace(branches=[x.branches[0], x.branches[-1]]) for x in compared]
+    trees = [*company[1:], tree, *company[:1]]  # the smallest behind the largest
+    ends = [x._replace(branches=[x.branches[0], x.branches[-1]]) for x in trees]
 
     def score() -> Tensor:
         return torch.cat([completion_logps(model, [x])[0] for x in ends])
 
     plain, alone = torch.cat([plain_logps(model, x) for x in ends]), score()
-    rows = completion_logps(model, [*company, tree])  # (T, K)
-    beside = [row[[0, len(x.branches) - 1]] for x, row in zip(compared, [rows[0], rows[-1]])]
+    rows = completion_logps(model, trees)  # (T, K)
+    beside = [row[[0, len(x.branches) - 1]] for x, row in zip(trees, rows, strict=True)]
 
     def jitter(module: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor:
         noise = torch.randn_like(embeddings, dtype=torch.float32)
