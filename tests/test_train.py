@@ -140,6 +140,14 @@ def test_what_is_scored_trained_and_saved_is_what_transformers_loads(world, tmp_
             assert score == pytest.approx(nats, abs=1e-3)
 
 
+def test_a_disk_without_room_for_the_model_is_noticed_before_training(world, tmp_path, monkeypatch):
+    size = 4 * sum(weight.numel() for weight in weights(world / "model").values())
+    for free, fails in ((size - 1, True), (size, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: mock.Mock(free=free))
+        text = train(world, tmp_path, fails=fails)
+        assert ("its disk has no room for the trained model" in text) == fails
+
+
 def test_a_picture_that_cannot_be_drawn_costs_nothing_else(world, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "find_spec", lambda name: True)
     monkeypatch.setattr(
