@@ -723,10 +723,10 @@ def main() -> None:
     place(model, config)
     rows = [row for part in trees.values() for row in part]
     print0(describe(model, tokenizer, rows, config))
-    if not config.eval_only and shutil.disk_usage(out).free < 4 * model.num_parameters():
-        raise InputError(f"--out {out}: its disk has no room for the trained model")
     check_model(model, rows, config)
     begin_run(config, sha256)
+    if not config.eval_only and shutil.disk_usage(out).free < 4 * model.num_parameters():
+        raise InputError(f"--out {out}: its disk has no room for the trained model")
     seconds["load"] = time.time() - began
 
     # The reference pass: all that training and pi* need of the model before training. A resumed
