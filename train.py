@@ -510,7 +510,7 @@ def find_run(config: Config) -> tuple[str, bool, str]:
 
 
 def begin_run(config: Config, sha256: str) -> None:
-    """Write run.json; InputError unless all processes see it, and it is of this data and model."""
+    """Write run.json; InputError unless all processes see it, and have read its data and model."""
     path = Path(config.out, "run.json")
     if dist.get_rank() == 0 and not path.exists():
         write_whole(path, json.dumps({**asdict(config), "sha256": sha256}, indent=1))
@@ -719,7 +719,7 @@ def main() -> None:
     trees = {name: data.encode(tokenizer, part, langs, *limits) for name, part in splits.items()}
     weights = [hashlib.sha256(x.detach().contiguous().numpy()).digest() for x in model.parameters()]
     alike = (replace(config, **dict.fromkeys(MAY_DIFFER)), model.config.to_dict(), splits, trees)
-    sha256 = hashlib.sha256(repr((alike, weights)).encode()).hexdigest()  # see begin_run
+    sha256 = hashlib.sha256(repr((alike, weights)).encode()).hexdigest()  # of what each has read
     place(model, config)
     rows = [row for part in trees.values() for row in part]
     print0(describe(model, tokenizer, rows, config))
